@@ -1,0 +1,118 @@
+"""Billing and fleet arithmetic, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from snakemake_executor_plugin_schlouder import strategies
+from snakemake_executor_plugin_schlouder.model import (
+    VM,
+    Billing,
+    Fleet,
+    InstanceType,
+    Need,
+    SchlouderError,
+    Task,
+    VMState,
+)
+
+TYPE = InstanceType("m5.large", 2, 8192)
+
+
+def task(planned: float | None = None, cpus: int = 1) -> Task:
+    return Task("k", "n", "r", "1", "s", Need(cpus, 100), "true", planned=planned)
+
+
+def vm(requested: float = 0.0, state: VMState = VMState.READY) -> VM:
+    return VM(f"vm{requested:.0f}", "s", TYPE, "t", requested, state)
+
+
+@pytest.mark.parametrize(
+    ("uptime", "units"), [(0, 1), (1, 1), (3599, 1), (3600, 1), (3600.5, 2), (7200, 2), (7201, 3)]
+)
+def test_started_hours(uptime: float, units: int) -> None:
+    assert Billing(3600, 0).units(uptime) == units
+
+
+@pytest.mark.parametrize(
+    ("uptime", "billed"), [(0, 60), (59.5, 60), (60, 60), (60.5, 61), (100, 100)]
+)
+def test_seconds_with_a_minimum_of_sixty(uptime: float, billed: float) -> None:
+    assert Billing(1, 60).billed(uptime) == billed
+
+
+def test_paid_time_left_is_what_was_billed_and_not_used() -> None:
+    assert Billing(3600, 0).paid_left(1000) == 2600
+    assert Billing(1, 60).paid_left(10) == 50
+
+
+def test_with_hours_an_idle_vm_retires_inside_the_margin_only() -> None:
+    billing = Billing(3600, 0, 50)
+    assert not billing.may_retire(3549, idle_for=3000, boot_time=60)
+    assert billing.may_retire(3550, idle_for=0, boot_time=60)
+    assert not billing.may_retire(3601, idle_for=3000, boot_time=60)
+
+
+def test_with_seconds_an_idle_vm_retires_after_the_time_of_a_boot() -> None:
+    billing = Billing(1, 60)
+    assert not billing.may_retire(500, idle_for=39, boot_time=40)
+    assert billing.may_retire(500, idle_for=40, boot_time=40)
+
+
+def test_a_node_declares_less_memory_than_its_type_has() -> None:
+    assert TYPE.node_memory == 7372
+    assert TYPE.fits(Need(2, 7372))
+    assert not TYPE.fits(Need(2, 7373))
+    assert not TYPE.fits(Need(3, 0))
+
+
+def test_room_on_a_vm_counts_cpus_and_memory() -> None:
+    machine = vm()
+    machine.active = {"a": task()}
+    assert machine.has_room(Need(1, 7272))
+    assert not machine.has_room(Need(1, 7273))
+    assert not machine.has_room(Need(2, 100))
+
+
+def test_idle_date_spreads_the_work_over_the_cpus() -> None:
+    machine = vm()
+    machine.queue = [task(100), task(60), task(40, cpus=2)]
+    assert machine.idle_at(now=1000, boot_time=30) == 1000 + (100 + 60 + 80) / 2
+
+
+def test_idle_date_of_a_booting_vm_starts_when_it_is_up() -> None:
+    machine = vm(requested=1000, state=VMState.BOOTING)
+    machine.queue = [task(100)]
+    assert machine.idle_at(now=1010, boot_time=30) == 1030 + 50
+
+
+def test_idle_date_counts_only_what_is_left_of_a_running_task() -> None:
+    machine = vm()
+    running = task(100)
+    running.started = 950.0
+    machine.active = {"a": running}
+    assert machine.idle_at(now=1000, boot_time=30) == 1000 + 25
+    assert machine.idle_at(now=2000, boot_time=30) == 2000
+
+
+def test_one_vm_for_all_starts_one_and_then_stays_with_it() -> None:
+    strategy = strategies.make("one-vm-for-all")
+    first, second = vm(1), vm(2)
+    assert strategy.choose(task(), Fleet([], 0, 60)) is None
+    assert strategy.choose(task(), Fleet([first, second], 0, 60)) is first
+
+
+def test_one_vm_per_job_always_asks_for_a_new_one() -> None:
+    assert strategies.make("one-vm-per-job").choose(task(), Fleet([vm()], 0, 60)) is None
+
+
+def test_the_vm_idle_first_has_least_left_to_do() -> None:
+    busy, free = vm(1), vm(2)
+    busy.queue = [task(100)]
+    assert Fleet([busy, free], 1000, 60).idle_first() is free
+    assert Fleet([], 1000, 60).idle_first() is None
+
+
+def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(SchlouderError, match="one-vm-for-all, one-vm-per-job"):
+        strategies.make("fastest-ever")
