@@ -1,0 +1,130 @@
+"""The port `Cluster`: what the broker needs of Slurm, and the plain records that cross it.
+
+One adapter so far: `cli.py`, over Slurm's command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..model import SchlouderError
+from .states import JobPhase
+
+
+class ClusterUnavailable(Exception):
+    """Slurm did not answer. Says nothing about jobs or nodes; ask again later."""
+
+
+class SubmissionRefused(Exception):
+    """Slurm will not take this job as it is; the message is Slurm's own."""
+
+
+class ClusterUnfit(SchlouderError):
+    """This Slurm cannot be used at all; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What a VM must know to join: the controller as `host:port` and the munge socket of slurm.conf."""
+
+    version: tuple[int, int]
+    controller: str
+    munge_socket: str
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One submission. `key` travels as the comment, `run` is the job name: both find the job again
+    when the reply to the submission is lost. `limit` in seconds, `memory` in MiB."""
+
+    key: str
+    run: str
+    node: str
+    script: str
+    cpus: int
+    memory: int
+    limit: float | None
+    workdir: Path
+    log: Path
+    partition: str
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What Slurm says of one submission. `started`/`ended` are seconds since the epoch."""
+
+    key: str
+    slurm_id: str
+    phase: JobPhase
+    state: str
+    reason: str
+    started: float | None
+    ended: float | None
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """`state` is Slurm's word in lower case without flags; `responding` is False for `idle*`."""
+
+    name: str
+    state: str
+    responding: bool
+    reason: str
+
+    @property
+    def accepts_jobs(self) -> bool:
+        return self.responding and self.state in ("idle", "mixed", "allocated", "completing")
+
+    @property
+    def is_drained(self) -> bool:
+        """Out of service and without any job."""
+        return self.state in ("drained", "down")
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """One reading of the controller: this run's submissions by key, the partition's nodes by name."""
+
+    jobs: Mapping[str, JobStatus] = field(default_factory=dict)
+    nodes: Mapping[str, NodeStatus] = field(default_factory=dict)
+
+
+class Cluster(Protocol):
+    """Every call raises ClusterUnavailable when Slurm does not answer."""
+
+    def check(self) -> ClusterInfo:
+        """Whether this Slurm can be used; raises ClusterUnfit if not."""
+        ...
+
+    def submit(self, job: JobRequest) -> str:
+        """Hands the job over and returns Slurm's id; SubmissionRefused if Slurm will not have it."""
+        ...
+
+    def view(self, run: str) -> ClusterView:
+        """All jobs named `run` that Slurm still knows, and all nodes of the partition."""
+        ...
+
+    def cancel_run(self, run: str) -> None:
+        """Cancels every job named `run`."""
+        ...
+
+    def cancel(self, slurm_ids: Sequence[str]) -> None: ...
+
+    def foreign_jobs(self, run: str) -> dict[str, list[str]]:
+        """Node name -> ids of jobs there that are not of `run`."""
+        ...
+
+    def drain(self, nodes: Iterable[str], reason: str) -> None:
+        """No new job starts there; a node that is unknown is no error."""
+        ...
+
+    def fail(self, node: str, reason: str) -> None:
+        """The machine is lost: its jobs end now with NODE_FAIL."""
+        ...
+
+    def delete(self, node: str) -> bool:
+        """Removes the node's record. False: it still has a job, ask again; an unknown node is True."""
+        ...

@@ -1,0 +1,307 @@
+"""Adapter of the port `Cluster` over Slurm's commands (22.05 and later).
+
+Argument lists are built and outputs parsed by pure functions; only `SlurmCommands._run` starts processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+
+from . import (
+    ClusterInfo,
+    ClusterUnavailable,
+    ClusterUnfit,
+    ClusterView,
+    JobRequest,
+    JobStatus,
+    NodeStatus,
+    SubmissionRefused,
+)
+from .states import phase_of
+
+COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel")
+OLDEST = (22, 5)
+DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
+TIMEOUT = 60.0
+"""Seconds; a controller that is down lets squeue wait 18 s before it says so."""
+
+_CANCEL_BATCH = 500
+_UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
+_TRANSIENT_SUBMIT = (
+    *_UNREACHABLE,
+    "temporarily unable",
+    "Slurm temporarily",
+    "Resource temporarily unavailable",
+    "Zero Bytes were transmitted",
+)
+_JOB_FORMAT = "%i|%T|%S|%e|%k|%r"
+_NODE_FORMAT = "%N|%T|%E"
+_NODE_FLAGS = "*~#!%$@^-+"
+
+
+def sbatch_arguments(job: JobRequest) -> list[str]:
+    """The command that submits `job`; the script goes to its standard input."""
+    arguments = [
+        "sbatch",
+        "--parsable",
+        f"--job-name={job.run}",
+        f"--comment={job.key}",
+        f"--partition={job.partition}",
+        f"--nodelist={job.node}",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--cpus-per-task={job.cpus}",
+        f"--mem={job.memory}M",
+        "--no-requeue",
+        "--export=ALL",
+        f"--chdir={job.workdir}",
+        f"--output={job.log}",
+    ]
+    if job.limit is not None:
+        arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")
+    return arguments
+
+
+def parse_jobs(text: str) -> dict[str, JobStatus]:
+    """squeue's lines in `_JOB_FORMAT`, by submission key; jobs without a key are not ours."""
+    jobs = {}
+    for line in text.splitlines():
+        fields = line.split("|", 5)
+        if len(fields) == 6 and fields[4] not in ("", "(null)"):
+            slurm_id, state, started, ended, key, reason = fields
+            jobs[key] = JobStatus(
+                key, slurm_id, phase_of(state), state, reason, _time(started), _time(ended)
+            )
+    return jobs
+
+
+def parse_nodes(text: str) -> dict[str, NodeStatus]:
+    """sinfo's lines in `_NODE_FORMAT`, one node each (`--Node`), by name."""
+    nodes = {}
+    for line in text.splitlines():
+        fields = line.split("|", 2)
+        if len(fields) == 3:
+            name, state, reason = fields
+            bare = state.rstrip(_NODE_FLAGS).lower()
+            nodes[name] = NodeStatus(name, bare, "*" not in state, reason)
+    return nodes
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """`scontrol show config`: `Key = value` lines."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cluster_info(config: Mapping[str, str]) -> ClusterInfo:
+    """What `scontrol show config` says, judged; raises ClusterUnfit."""
+    version = _version(config.get("SLURM_VERSION", ""))
+    if version < OLDEST:
+        raise ClusterUnfit(
+            f"Slurm: version {config.get('SLURM_VERSION') or 'unknown'} cannot add nodes while it runs; "
+            "22.05 or later is needed"
+        )
+    if not _number(config.get("MaxNodeCount", "")):
+        raise ClusterUnfit(
+            "Slurm: MaxNodeCount is not set in slurm.conf, so no VM can join; set it to the highest "
+            "number of nodes there may ever be, for example MaxNodeCount=1024, and restart slurmctld"
+        )
+    return ClusterInfo(version, _controller(config), _munge_socket(config))
+
+
+def _controller(config: Mapping[str, str]) -> str:
+    host = config.get("SlurmctldHost[0]", "")
+    named = re.fullmatch(r"(?P<name>[^()]+)(?:\((?P<address>[^()]+)\))?", host)
+    if named is None:
+        raise ClusterUnfit(
+            f"Slurm: SlurmctldHost is {host!r}; a host name or name(address) is needed"
+        )
+    port = config.get("SlurmctldPort", "6817").split("-")[0]
+    return f"{named['address'] or named['name']}:{port}"
+
+
+def _munge_socket(config: Mapping[str, str]) -> str:
+    named = re.search(r"socket=([^,\s]+)", config.get("AuthInfo", ""))
+    return named[1] if named else DEFAULT_MUNGE_SOCKET
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _time(text: str) -> float | None:
+    return float(text) if text.isdigit() else None
+
+
+class SlurmCommands:
+    """The adapter. `partition` is the one whose nodes are ours."""
+
+    def __init__(self, partition: str) -> None:
+        self._partition = partition
+
+    def check(self) -> ClusterInfo:
+        missing = [command for command in COMMANDS if shutil.which(command) is None]
+        if missing:
+            raise ClusterUnfit(
+                f"Slurm: {', '.join(missing)} not found in PATH; install Slurm's client commands "
+                "(Debian and Ubuntu: apt install slurm-client)"
+            )
+        config = self._run(["scontrol", "show", "config"])
+        if config.returncode != 0:
+            raise ClusterUnfit(f"Slurm: slurmctld does not answer ({_last_line(config.stderr)})")
+        info = cluster_info(parse_config(config.stdout))
+        self._check_partition()
+        self._check_rights()
+        return info
+
+    def submit(self, job: JobRequest) -> str:
+        done = self._run(sbatch_arguments(job), stdin=job.script, env=_submit_environment())
+        if done.returncode == 0:
+            return done.stdout.strip().split(";")[0]
+        message = _last_line(done.stderr)
+        if any(sign in done.stderr for sign in _TRANSIENT_SUBMIT):
+            raise ClusterUnavailable(message)
+        raise SubmissionRefused(message)
+
+    def view(self, run: str) -> ClusterView:
+        jobs = self._read(
+            ["squeue", f"--name={run}", "--states=all", "--noheader", f"--format={_JOB_FORMAT}"]
+        )
+        nodes = self._read(
+            [
+                "sinfo",
+                "--Node",
+                f"--partition={self._partition}",
+                "--noheader",
+                f"--format={_NODE_FORMAT}",
+            ]
+        )
+        return ClusterView(parse_jobs(jobs), parse_nodes(nodes))
+
+    def cancel_run(self, run: str) -> None:
+        self._read(["scancel", f"--name={run}"])
+
+    def cancel(self, slurm_ids: Sequence[str]) -> None:
+        for start in range(0, len(slurm_ids), _CANCEL_BATCH):
+            self._read(["scancel", *slurm_ids[start : start + _CANCEL_BATCH]])
+
+    def foreign_jobs(self, run: str) -> dict[str, list[str]]:
+        listed = self._read(
+            [
+                "squeue",
+                f"--partition={self._partition}",
+                "--states=RUNNING,COMPLETING,SUSPENDED",
+                "--noheader",
+                "--format=%i|%N|%j",
+            ]
+        )
+        found: dict[str, list[str]] = {}
+        for line in listed.splitlines():
+            slurm_id, nodes, name = line.split("|", 2)
+            if name != run:
+                for node in self._expand(nodes):
+                    found.setdefault(node, []).append(slurm_id)
+        return found
+
+    def drain(self, nodes: Iterable[str], reason: str) -> None:
+        names = ",".join(nodes)
+        if names:
+            self._update(f"nodename={names}", "state=drain", f"reason={reason}")
+
+    def fail(self, node: str, reason: str) -> None:
+        self._update(f"nodename={node}", "state=down", f"reason={reason}")
+
+    def delete(self, node: str) -> bool:
+        done = self._run(["scontrol", "delete", f"nodename={node}"])
+        if done.returncode == 0 or "Invalid node name" in done.stderr:
+            return True
+        self._raise_unreachable(done)
+        return False
+
+    def _expand(self, nodes: str) -> list[str]:
+        """The names in a node list such as `n[1-3],m2`."""
+        if "[" not in nodes:
+            return nodes.split(",")
+        return self._read(["scontrol", "show", "hostnames", nodes]).split()
+
+    def _update(self, *settings: str) -> None:
+        done = self._run(["scontrol", "update", *settings])
+        if done.returncode != 0 and "Invalid node name" not in done.stderr:
+            self._raise_unreachable(done)
+            raise ClusterUnavailable(_last_line(done.stderr))
+
+    def _check_partition(self) -> None:
+        done = self._run(["scontrol", "show", "partition", self._partition])
+        if done.returncode != 0:
+            raise ClusterUnfit(
+                f"--schlouder-partition: Slurm has no partition {self._partition!r}; add it to slurm.conf: "
+                f"NodeSet={self._partition} Feature=schlouder and "
+                f"PartitionName={self._partition} Nodes={self._partition}"
+            )
+
+    def _check_rights(self) -> None:
+        """Deleting a node that cannot exist: Slurm looks at the rights before it looks for the node."""
+        done = self._run(["scontrol", "delete", f"nodename=schlouder-probe-{uuid.uuid4().hex}"])
+        if "denied" in done.stderr or "Invalid user" in done.stderr:
+            raise ClusterUnfit(
+                f"Slurm: {_last_line(done.stderr)}: no right to update and delete nodes; "
+                "it takes SlurmUser, root or a Slurm operator "
+                "(sacctmgr modify user NAME set adminlevel=operator)"
+            )
+
+    def _read(self, arguments: Sequence[str]) -> str:
+        done = self._run(arguments)
+        if done.returncode != 0:
+            raise ClusterUnavailable(f"{arguments[0]}: {_last_line(done.stderr)}")
+        return done.stdout
+
+    def _raise_unreachable(self, done: subprocess.CompletedProcess[str]) -> None:
+        if any(sign in done.stderr for sign in _UNREACHABLE):
+            raise ClusterUnavailable(_last_line(done.stderr))
+
+    def _run(
+        self,
+        arguments: Sequence[str],
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
+        try:
+            return subprocess.run(
+                arguments,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                start_new_session=True,
+                check=False,
+                env={**(env or os.environ), "SLURM_TIME_FORMAT": "%s"},
+            )
+        except subprocess.TimeoutExpired:
+            raise ClusterUnavailable(f"{arguments[0]}: no answer in {TIMEOUT:.0f} s") from None
+
+
+def _submit_environment() -> dict[str, str]:
+    """The caller's environment without what would change the meaning of our sbatch options: inside a
+    Slurm job SLURM_* and SBATCH_* describe that job, and a profile is Snakemake's, not the job's."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF"
+        or not (name.startswith(("SLURM_", "SBATCH_")) or name == "SNAKEMAKE_PROFILE")
+    }
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "no message"

@@ -1,0 +1,229 @@
+"""The command-line adapter: arguments and parsers against literals, errors through a stand-in command."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snakemake_executor_plugin_schlouder.slurm import (
+    ClusterUnavailable,
+    ClusterUnfit,
+    JobRequest,
+    SubmissionRefused,
+)
+from snakemake_executor_plugin_schlouder.slurm.cli import (
+    SlurmCommands,
+    cluster_info,
+    parse_config,
+    parse_jobs,
+    parse_nodes,
+    sbatch_arguments,
+)
+from snakemake_executor_plugin_schlouder.slurm.script import exit_code, job_script
+from snakemake_executor_plugin_schlouder.slurm.states import JobPhase, phase_of, sentence_of
+
+REQUEST = JobRequest(
+    key="r-1.1",
+    run="schlouder-r",
+    node="n1",
+    script="#!/bin/sh\n",
+    cpus=3,
+    memory=2000,
+    limit=90.0,
+    workdir=Path("/data/it's here"),
+    log=Path("/data/log"),
+    partition="schlouder",
+)
+
+CONFIG = """\
+Configuration data as of 2026-11-22T12:00:00
+AuthInfo                = socket=/run/cloud/munge.socket
+MaxNodeCount            = 1024
+SLURM_VERSION           = 22.05.8
+SlurmctldHost[0]        = head(10.1.0.1)
+SlurmctldPort           = 6820-6823
+"""
+
+
+def test_a_job_is_pinned_to_its_vm_and_never_requeued_by_slurm() -> None:
+    assert sbatch_arguments(REQUEST) == [
+        "sbatch",
+        "--parsable",
+        "--job-name=schlouder-r",
+        "--comment=r-1.1",
+        "--partition=schlouder",
+        "--nodelist=n1",
+        "--nodes=1",
+        "--ntasks=1",
+        "--cpus-per-task=3",
+        "--mem=2000M",
+        "--no-requeue",
+        "--export=ALL",
+        "--chdir=/data/it's here",
+        "--output=/data/log",
+        "--time=2",
+    ]
+
+
+def test_jobs_are_found_by_their_key() -> None:
+    text = (
+        "17|COMPLETED|1790000000|1790000042|r-1.1|None\n"
+        "18|PENDING|N/A|N/A|r-2.1|Resources\n"
+        "19|CANCELLED by 0|1790000000|1790000001|r-3.1|a|b\n"
+        "20|RUNNING|1790000000|N/A|(null)|None\n"
+    )
+    jobs = parse_jobs(text)
+    assert sorted(jobs) == ["r-1.1", "r-2.1", "r-3.1"]
+    assert jobs["r-1.1"].phase == JobPhase.SUCCEEDED
+    assert (jobs["r-1.1"].started, jobs["r-1.1"].ended) == (1790000000.0, 1790000042.0)
+    assert (jobs["r-2.1"].phase, jobs["r-2.1"].started) == (JobPhase.WAITING, None)
+    assert (jobs["r-3.1"].phase, jobs["r-3.1"].reason) == (JobPhase.FAILED, "a|b")
+
+
+def test_nodes_lose_their_flags_but_not_that_they_are_silent() -> None:
+    nodes = parse_nodes("a|idle|none\nb|mixed*|none\nc|drained|Low RealMemory | twice\nd|inval|x\n")
+    assert nodes["a"].accepts_jobs
+    assert not nodes["b"].accepts_jobs
+    assert nodes["c"].is_drained
+    assert nodes["c"].reason == "Low RealMemory | twice"
+    assert not nodes["d"].accepts_jobs
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        ("PENDING", JobPhase.WAITING),
+        ("COMPLETING", JobPhase.RUNNING),
+        ("COMPLETED", JobPhase.SUCCEEDED),
+        ("CANCELLED by 1000", JobPhase.FAILED),
+        ("CANCELLED+", JobPhase.FAILED),
+        ("TIMEOUT", JobPhase.FAILED),
+        ("NODE_FAIL", JobPhase.LOST),
+        ("A_STATE_OF_THE_FUTURE", JobPhase.RUNNING),
+        ("", JobPhase.RUNNING),
+    ],
+)
+def test_what_a_state_means(state: str, phase: JobPhase) -> None:
+    assert phase_of(state) == phase
+    assert sentence_of(state)
+
+
+def test_the_controller_and_its_munge_socket_are_read_from_the_configuration() -> None:
+    info = cluster_info(parse_config(CONFIG))
+    assert info.version == (22, 5)
+    assert info.controller == "10.1.0.1:6820"
+    assert info.munge_socket == "/run/cloud/munge.socket"
+
+
+def test_an_old_slurm_is_refused() -> None:
+    with pytest.raises(ClusterUnfit, match=r"version 21\.08\.5 .* 22\.05 or later"):
+        cluster_info(parse_config(CONFIG.replace("22.05.8", "21.08.5")))
+
+
+@pytest.mark.parametrize("value", ["0", "(null)", ""])
+def test_a_slurm_without_room_for_nodes_is_refused(value: str) -> None:
+    with pytest.raises(ClusterUnfit, match="MaxNodeCount"):
+        cluster_info(parse_config(CONFIG.replace("1024", value)))
+
+
+def commands(directory: Path, **scripts: str) -> None:
+    """Puts shell scripts under the names of Slurm's commands."""
+    for name in ("sbatch", "squeue", "sinfo", "scontrol", "scancel"):
+        path = directory / name
+        path.write_text(f"#!/bin/sh\n{scripts.get(name, 'exit 0')}\n")
+        path.chmod(0o755)
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_missing_commands_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(path))
+    with pytest.raises(ClusterUnfit, match="sbatch, squeue, sinfo, scontrol, scancel not found"):
+        SlurmCommands("schlouder").check()
+
+
+def test_a_silent_controller_is_told(path: Path) -> None:
+    commands(
+        path, scontrol="echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    )
+    with pytest.raises(ClusterUnfit, match="slurmctld does not answer"):
+        SlurmCommands("schlouder").check()
+
+
+def scontrol(config: str = CONFIG, partition: int = 0, delete: str = "Invalid node name") -> str:
+    return (
+        f'case "$*" in "show config") cat <<EOF\n{config}EOF\n;;\n'
+        f'"show partition"*) exit {partition};;\n'
+        f"delete*) echo '{delete}' >&2; exit 1;;\nesac"
+    )
+
+
+def test_a_fit_slurm_passes_its_check(path: Path) -> None:
+    commands(path, scontrol=scontrol())
+    assert SlurmCommands("schlouder").check().controller == "10.1.0.1:6820"
+
+
+def test_an_unknown_partition_comes_with_the_lines_that_make_it(path: Path) -> None:
+    commands(path, scontrol=scontrol(partition=1))
+    with pytest.raises(
+        ClusterUnfit, match="--schlouder-partition.*PartitionName=cloud Nodes=cloud"
+    ):
+        SlurmCommands("cloud").check()
+
+
+def test_no_right_to_delete_nodes_is_told(path: Path) -> None:
+    commands(path, scontrol=scontrol(delete="slurm_delete_node error: Access/permission denied"))
+    with pytest.raises(ClusterUnfit, match="no right to update and delete nodes"):
+        SlurmCommands("schlouder").check()
+
+
+def test_a_refused_submission_says_why_and_a_silent_one_is_tried_again(path: Path) -> None:
+    commands(path, sbatch="echo 'sbatch: error: Invalid qos specification' >&2; exit 1")
+    with pytest.raises(SubmissionRefused, match="Invalid qos"):
+        SlurmCommands("schlouder").submit(REQUEST)
+    commands(path, sbatch="echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    with pytest.raises(ClusterUnavailable):
+        SlurmCommands("schlouder").submit(REQUEST)
+
+
+def test_a_failing_query_is_no_empty_answer(path: Path) -> None:
+    commands(path, squeue="exit 1")
+    with pytest.raises(ClusterUnavailable):
+        SlurmCommands("schlouder").view("run")
+
+
+def test_settings_of_an_outer_slurm_job_do_not_reach_sbatch(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "x")
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "p")
+    monkeypatch.setenv("SLURM_CONF", "/etc/c")
+    commands(path, sbatch=f"env >{path}/seen; echo '12;cluster'")
+    assert SlurmCommands("schlouder").submit(REQUEST) == "12"
+    seen = (path / "seen").read_text()
+    assert "SLURM_CONF=/etc/c" in seen
+    assert not any(name in seen for name in ("SLURM_MEM_PER_CPU", "SBATCH_", "SNAKEMAKE_PROFILE"))
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 7", 7), ("false && true", 1)])
+def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code: int) -> None:
+    exit_file = tmp_path / "a 'b'.exit"
+    assert exit_code(exit_file) is None
+    script = job_script("task\nname", command, exit_file)
+    done = subprocess.run(["sh"], input=script, text=True, check=False)
+    assert done.returncode == code
+    assert exit_code(exit_file) == code
+    assert list(tmp_path.iterdir()) == [exit_file]
+
+
+def test_the_job_script_forgets_a_slurm_conf_that_is_not_on_the_node(tmp_path: Path) -> None:
+    script = job_script("t", f'echo "${{SLURM_CONF-unset}}" >{tmp_path}/seen', tmp_path / "x")
+    subprocess.run(["sh"], input=script, text=True, check=True, env={"SLURM_CONF": "/not/there"})
+    assert (tmp_path / "seen").read_text() == "unset\n"
