@@ -1,0 +1,264 @@
+"""The journal: one SQLite file per workflow directory, on local disk, readable by its owner only.
+
+It holds what the broker means to do before it does it (a VM's name and client token are committed
+before RunInstances), and what became of every VM, task and attempt. `schlouder status` reads it while
+a run writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .model import VM, Task
+
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE runs (
+    run TEXT PRIMARY KEY, workdir TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
+    region TEXT NOT NULL, endpoint TEXT NOT NULL, strategy TEXT NOT NULL,
+    started REAL NOT NULL, ended REAL
+) STRICT;
+CREATE TABLE vms (
+    name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
+    instance_type TEXT NOT NULL, token TEXT NOT NULL, state TEXT NOT NULL, instance_id TEXT,
+    requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL
+) STRICT;
+CREATE TABLE tasks (
+    key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
+    name TEXT NOT NULL, strategy TEXT NOT NULL, cpus INTEGER NOT NULL, memory INTEGER NOT NULL,
+    runtime_limit REAL, planned REAL, state TEXT NOT NULL, received REAL NOT NULL, started REAL,
+    ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL
+) STRICT;
+CREATE TABLE events (
+    run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
+) STRICT;
+CREATE INDEX vms_of_run ON vms (run);
+CREATE INDEX tasks_of_run ON tasks (run);
+"""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One `snakemake --executor schlouder`. Times are seconds since the epoch."""
+
+    run: str
+    workdir: str
+    host: str
+    pid: int
+    region: str
+    endpoint: str
+    strategy: str
+    started: float
+    ended: float | None = None
+
+
+@dataclass(frozen=True)
+class VMRecord:
+    name: str
+    strategy: str
+    instance_type: str
+    state: str
+    instance_id: str | None
+    requested: float
+    ready: float | None
+    ended: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    key: str
+    jobid: str
+    rule: str
+    name: str
+    state: str
+    planned: float | None
+    received: float
+    started: float | None
+    ended: float | None
+    vm: str | None
+    reason: str
+
+
+def journal_path(workdir: Path) -> Path:
+    """Where the journal of a workflow directory lives: in the user's state directory, never on the
+    workflow's own, possibly shared, file system."""
+    state_home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    digest = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return state_home / "schlouder" / digest / "journal.sqlite"
+
+
+class Journal:
+    """Every method is one committed transaction and may be called from any thread.
+
+    `Journal(":memory:")` keeps nothing. A file that is damaged or written by a newer version is moved
+    aside, never guessed at; `set_aside` then names where it went.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.set_aside: Path | None = None
+        self._lock = threading.Lock()
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._db = _opened(path)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            if not isinstance(path, Path):
+                raise
+            self.set_aside = _moved_aside(path)
+            self._db = _opened(path)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def begin_run(self, record: RunRecord) -> None:
+        row = (
+            record.run,
+            record.workdir,
+            record.host,
+            record.pid,
+            record.region,
+            record.endpoint,
+            record.strategy,
+            record.started,
+        )
+        with self._transaction() as db:
+            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+
+    def end_run(self, run: str, now: float) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET ended = ? WHERE run = ? AND ended IS NULL", (now, run))
+
+    def write(self, run: str, vms: Iterable[VM] = (), tasks: Iterable[Task] = ()) -> None:
+        """Records these VMs and tasks as they are now; returns when it is on the disk."""
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO vms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [_vm_row(run, vm) for vm in vms],
+            )
+            db.executemany(
+                "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [_task_row(run, task) for task in tasks],
+            )
+
+    def event(self, run: str, now: float, subject: str, what: str) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (run, now, subject, what))
+
+    def runs(self) -> list[RunRecord]:
+        """All runs of this directory, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT * FROM runs ORDER BY started").fetchall()
+        return [RunRecord(*row) for row in rows]
+
+    def vms(self, run: str) -> list[VMRecord]:
+        """The run's VMs in the order of their request."""
+        columns = (
+            "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason"
+        )
+        with self._transaction() as db:
+            rows = db.execute(
+                f"SELECT {columns} FROM vms WHERE run = ? ORDER BY requested, length(name), name",
+                (run,),
+            ).fetchall()
+        return [VMRecord(*row) for row in rows]
+
+    def tasks(self, run: str) -> list[TaskRecord]:
+        """The run's tasks in the order in which Snakemake handed them over."""
+        columns = "key, jobid, rule, name, state, planned, received, started, ended, vm, reason"
+        with self._transaction() as db:
+            rows = db.execute(
+                f"SELECT {columns} FROM tasks WHERE run = ? ORDER BY received, length(key), key",
+                (run,),
+            ).fetchall()
+        return [TaskRecord(*row) for row in rows]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._db:
+            yield self._db
+
+
+def _opened(path: Path | str) -> sqlite3.Connection:
+    """A connection to a journal of this version; sqlite3.DatabaseError if it is anything else."""
+    fresh = isinstance(path, str) or not path.exists()
+    if isinstance(path, Path) and fresh:
+        path.touch(mode=0o600)
+    db = sqlite3.connect(path, check_same_thread=False, timeout=30)
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if version == 0 and not _has_tables(db):
+            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version != VERSION:
+            raise sqlite3.DatabaseError(f"journal version {version}")
+        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("journal is damaged")
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
+    return db
+
+
+def _has_tables(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+
+
+def _moved_aside(path: Path) -> Path:
+    target = path.with_name(f"{path.name}.unreadable-{time.time():.0f}")
+    path.rename(target)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    return target
+
+
+def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
+    return (
+        vm.name,
+        run,
+        vm.strategy,
+        vm.type.name,
+        vm.token,
+        vm.state.value,
+        vm.instance_id,
+        vm.requested,
+        vm.ready,
+        vm.ended,
+        vm.reason,
+    )
+
+
+def _task_row(run: str, task: Task) -> tuple[object, ...]:
+    return (
+        task.key,
+        run,
+        task.jobid,
+        task.rule,
+        task.name,
+        task.strategy,
+        task.need.cpus,
+        task.need.memory,
+        task.limit,
+        task.planned,
+        task.state.value,
+        task.received,
+        task.started,
+        task.ended,
+        task.vm,
+        task.attempt,
+        task.slurm_id,
+        task.reason,
+    )
