@@ -1,0 +1,818 @@
+"""The one loop: observe, decide, act. Owns the fleet's life cycle, the queues and the retries.
+
+Knows neither boto3 nor subprocess nor Snakemake: it speaks to the ports `Cloud` and `Cluster` and
+writes to the journal what it is about to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import strategies
+from .journal import Journal
+from .model import (
+    DEFAULT_BOOT_TIME,
+    TASK_ENDED,
+    VM,
+    Billing,
+    Fleet,
+    InstanceType,
+    Need,
+    Task,
+    TaskState,
+    VMState,
+)
+from .provision import (
+    Cloud,
+    CloudUnavailable,
+    Instance,
+    LaunchRefused,
+    LaunchRequest,
+    TokenSpent,
+    client_token,
+)
+from .slurm import (
+    Cluster,
+    ClusterUnavailable,
+    ClusterView,
+    JobRequest,
+    JobStatus,
+    NodeStatus,
+    SubmissionRefused,
+)
+from .slurm.script import exit_code, job_script
+from .slurm.states import JobPhase, sentence_of
+
+MAX_ATTEMPTS = 3
+"""Times a task is given to Slurm when it is the machine that fails."""
+
+MAX_BOOT_FAILURES = 3
+"""Boots in a row that may fail before nothing more is launched (R15)."""
+
+_ABSENT_VIEWS = 3
+_ABSENT_DESCRIBES = 5
+_CONSISTENCY_WINDOW = 120.0
+_DESCRIBE_SOON = 3.0
+_DESCRIBE_SELDOM = 15.0
+_LAUNCH_BACKOFF = 60.0
+_TERMINATE_PATIENCE = 60.0
+_GUEST_PATIENCE = 30.0
+_RELEASE_PATIENCE = 30.0
+_RELEASE_PAUSE = 0.2
+_LAST_BREATH = 2.0
+_CONSOLE_LINES = 15
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds."""
+
+    run: str
+    workdir: Path
+    partition: str
+    types: tuple[InstanceType, ...]
+    max_vms: int
+    billing: Billing
+    boot_timeout: float
+
+    @property
+    def job_name(self) -> str:
+        """The Slurm name of every job of the run."""
+        return f"schlouder-{self.run}"
+
+    @property
+    def files(self) -> Path:
+        """Job logs and exit codes, on the workflow's file system, which the VMs share."""
+        return self.workdir / ".snakemake" / "schlouder" / self.run
+
+    def log_file(self, task: Task) -> Path:
+        return self.files / f"{task.jobid}-{task.rule}.{task.attempt}.log"
+
+    def exit_file(self, task: Task) -> Path:
+        return self.files / f"{task.jobid}-{task.rule}.{task.attempt}.exit"
+
+
+class Broker:
+    """`submit`, `tick`, `stop` and `release` may be called from different threads."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        cloud: Cloud,
+        cluster: Cluster,
+        journal: Journal,
+        log: logging.Logger,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._config = config
+        self._cloud = cloud
+        self._cluster = cluster
+        self._journal = journal
+        self._log = log
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.RLock()
+        self._inbox: list[Task] = []
+        self._strategies: dict[str, strategies.Strategy] = {}
+        self._expected: dict[str, list[Need]] = {}
+        self._waiting: list[Task] = []
+        self._vms: dict[str, VM] = {}
+        self._submitted: dict[str, Task] = {}
+        self._absent_jobs: dict[str, int] = {}
+        self._absent_vms: dict[str, int] = {}
+        self._boots: list[float] = []
+        self._boot_failures = 0
+        self._refusal = ""
+        self._stopping = False
+        self._vm_count = 0
+        self._described = 0.0
+        self._ended: list[Task] = []
+        self._dirty_vms: dict[str, VM] = {}
+        self._dirty_tasks: dict[str, Task] = {}
+        self._told: set[str] = set()
+
+    # -- what the executor calls
+
+    def expect(self, needs: Iterable[tuple[str, Need]]) -> None:
+        """Announces tasks that may come, as (strategy, need), so that a machine can be chosen that
+        fits all of them."""
+        for strategy, need in needs:
+            self._expected.setdefault(strategy, []).append(need)
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Takes over these tasks. They are in the journal when this returns."""
+        now = self._clock()
+        for task in tasks:
+            task.received = now
+        self._config.files.mkdir(parents=True, exist_ok=True)
+        self._journal.write(self._config.run, tasks=tasks)
+        self._inbox.extend(tasks)
+
+    def stop(self) -> None:
+        """No further VM starts, and what Slurm has not got yet is dropped; what runs goes on."""
+        self._stopping = True
+
+    def tick(self) -> list[Task]:
+        """One round. Returns the tasks that ended since the last one; raises nothing that a later
+        round may mend."""
+        with self._lock:
+            self._take_inbox()
+            view = self._observe_cluster()
+            self._observe_cloud()
+            if view is not None:
+                self._update_vms(view)
+                self._update_tasks(view)
+                self._finish_vms(view)
+            if self._stopping:
+                self._drop_unsubmitted()
+            self._place_all()
+            self._launch_planned()
+            self._submit_ready()
+            self._retire_idle()
+            self._flush()
+            ended, self._ended = self._ended, []
+            return ended
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is going on that the next tick should see soon."""
+        return bool(
+            self._inbox
+            or self._waiting
+            or any(vm.state != VMState.GONE for vm in list(self._vms.values()))
+        )
+
+    @property
+    def log_of(self) -> Callable[[Task], Path]:
+        """Where the output of a task's last attempt is."""
+        return self._config.log_file
+
+    def release(self) -> None:
+        """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
+        confirmed it, or says what it could not do.
+
+        A VM on which somebody else's job runs is kept: nothing of others is ever killed.
+        """
+        self._stopping = True
+        with self._lock:
+            left = [vm for vm in self._vms.values() if not vm.is_settled]
+            if not left:
+                return
+            self._drop_unsubmitted()
+            foreign = self._clear_slurm()
+            self._give_up_submitted()
+            doomed = [vm for vm in left if vm.name not in foreign]
+            self._terminate_all(doomed)
+            self._await_end(doomed)
+            self._flush()
+            for vm in left:
+                if not vm.ending and vm.state != VMState.GONE:
+                    self._log.warning(
+                        f"{self._name(vm)} is still there: {self._why_kept(vm, foreign)}"
+                    )
+
+    # -- observe
+
+    def _take_inbox(self) -> None:
+        count = len(self._inbox)
+        self._waiting.extend(self._inbox[:count])
+        del self._inbox[:count]
+
+    def _observe_cluster(self) -> ClusterView | None:
+        if all(vm.is_settled for vm in self._vms.values()):
+            return None
+        try:
+            view = self._cluster.view(self._config.job_name)
+        except ClusterUnavailable as error:
+            self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
+            return None
+        return view
+
+    def _observe_cloud(self) -> None:
+        moving = any(vm.is_booting or vm.state == VMState.TERMINATING for vm in self._vms.values())
+        started = any(vm.instance_id and vm.state != VMState.GONE for vm in self._vms.values())
+        pause = _DESCRIBE_SOON if moving else _DESCRIBE_SELDOM
+        if started and self._clock() - self._described >= pause:
+            self._describe()
+
+    def _describe(self) -> bool:
+        """Brings the VMs up to what the cloud says; False if it says nothing."""
+        self._described = self._clock()
+        try:
+            listed = {instance.id: instance for instance in self._cloud.instances(self._config.run)}
+        except CloudUnavailable as error:
+            self._tell(f"EC2 does not answer, waiting for it: {error}", logging.WARNING)
+            return False
+        for vm in list(self._vms.values()):
+            if vm.instance_id is not None and vm.state != VMState.GONE:
+                self._update_from_cloud(vm, listed.get(vm.instance_id))
+        return True
+
+    def _update_from_cloud(self, vm: VM, instance: Instance | None) -> None:
+        if instance is None:
+            self._count_absence(vm)
+            return
+        self._absent_vms.pop(vm.name, None)
+        if instance.is_alive:
+            return
+        if vm.is_booting:
+            self._boot_failed(vm, instance.reason or "the machine ended while it booted")
+        elif vm.state != VMState.TERMINATING:
+            self._lost(vm, instance.reason or "the machine ended")
+        vm.ended = vm.ended or self._clock()
+        vm.ending = True
+        if instance.state == "terminated":
+            self._close(vm)
+
+    def _count_absence(self, vm: VM) -> None:
+        """Describe lags behind launches; absence counts only when it lasts (R8, R10)."""
+        seen = self._absent_vms[vm.name] = self._absent_vms.get(vm.name, 0) + 1
+        old = self._clock() - vm.requested > _CONSISTENCY_WINDOW
+        if seen >= _ABSENT_DESCRIBES and old:
+            if vm.state != VMState.TERMINATING:
+                self._lost(vm, "EC2 no longer lists the machine")
+            self._close(vm)
+
+    def _update_vms(self, view: ClusterView) -> None:
+        for vm in list(self._vms.values()):
+            node = view.nodes.get(vm.name)
+            if vm.state == VMState.BOOTING:
+                self._update_booting(vm, node)
+            elif vm.state == VMState.READY and node is not None:
+                self._update_ready(vm, node)
+
+    def _update_booting(self, vm: VM, node: NodeStatus | None) -> None:
+        now = self._clock()
+        if node is not None and node.accepts_jobs:
+            vm.state, vm.ready, vm.idle_since = VMState.READY, now, now
+            self._boots.append(now - vm.requested)
+            self._boot_failures = 0
+            self._note(vm, f"ready after {now - vm.requested:.0f} s")
+        elif node is not None and (node.state.startswith("drain") or node.state == "inval"):
+            self._boot_failed(vm, f"Slurm does not accept the node: {node.reason}")
+        elif now - vm.requested > self._config.boot_timeout:
+            self._boot_failed(
+                vm,
+                f"no Slurm node after {self._config.boot_timeout:.0f} s (--schlouder-boot-timeout)",
+            )
+
+    def _update_ready(self, vm: VM, node: NodeStatus) -> None:
+        if node.state == "down":
+            self._lost(vm, f"Slurm lost the node: {node.reason}")
+        elif node.state.startswith("drain"):
+            self._requeue_planned(vm)
+            vm.state = VMState.DRAINING
+            self._note(vm, f"was drained by somebody else: {node.reason}")
+
+    def _update_tasks(self, view: ClusterView) -> None:
+        for key, task in list(self._submitted.items()):
+            status = view.jobs.get(key)
+            if status is None:
+                self._missing(key, task)
+            else:
+                self._absent_jobs.pop(key, None)
+                self._update_task(task, status)
+
+    def _update_task(self, task: Task, status: JobStatus) -> None:
+        task.slurm_id = status.slurm_id
+        if status.phase != JobPhase.WAITING:
+            task.started = status.started
+        if status.phase == JobPhase.RUNNING and task.state == TaskState.SUBMITTED:
+            task.state = TaskState.RUNNING
+            self._dirty(task)
+        elif status.phase == JobPhase.SUCCEEDED:
+            task.ended = status.ended
+            self._judge(task, exit_code(self._config.exit_file(task)) or 0)
+        elif status.phase == JobPhase.FAILED:
+            task.ended = status.ended
+            self._finish(task, TaskState.FAILED, self._failure(task, status))
+        elif status.phase == JobPhase.LOST:
+            self._lost(self._vm_of(task), sentence_of(status.state))
+
+    def _missing(self, key: str, task: Task) -> None:
+        """Slurm does not know the submission. Unknown is neither success nor failure."""
+        code = exit_code(self._config.exit_file(task))
+        if code is not None:
+            task.ended = self._clock()
+            self._judge(task, code)
+        elif task.slurm_id is None:
+            self._unsubmit(key, task)
+        else:
+            seen = self._absent_jobs[key] = self._absent_jobs.get(key, 0) + 1
+            if seen >= _ABSENT_VIEWS:
+                self._lost(self._vm_of(task), f"Slurm job {task.slurm_id} vanished")
+
+    def _judge(self, task: Task, code: int) -> None:
+        if code == 0:
+            self._finish(task, TaskState.COMPLETE, "")
+        else:
+            self._finish(task, TaskState.FAILED, f"ended with exit code {code}")
+
+    def _failure(self, task: Task, status: JobStatus) -> str:
+        code = exit_code(self._config.exit_file(task))
+        if status.state == "FAILED" and code is not None:
+            return f"ended with exit code {code}"
+        return f"{sentence_of(status.state)} (Slurm: {status.state})"
+
+    # -- ends of tasks and VMs
+
+    def _finish(self, task: Task, state: TaskState, reason: str) -> None:
+        """Ends a task that Slurm had."""
+        self._submitted.pop(task.attempt_key, None)
+        self._absent_jobs.pop(task.attempt_key, None)
+        vm = self._vms.get(task.vm or "")
+        if vm is not None and vm.active.pop(task.key, None) is not None and vm.is_unused:
+            vm.idle_since = self._clock()
+        self._end(task, state, reason)
+
+    def _end(self, task: Task, state: TaskState, reason: str) -> None:
+        if task.state not in TASK_ENDED:
+            task.state, task.reason = state, reason
+            self._ended.append(task)
+            self._dirty(task)
+
+    def _unsubmit(self, key: str, task: Task) -> None:
+        """A submission whose reply was lost and which Slurm does not have: it is planned again."""
+        del self._submitted[key]
+        vm = self._vm_of(task)
+        vm.active.pop(task.key, None)
+        task.state = TaskState.SCHEDULED
+        vm.queue.insert(0, task)
+        self._dirty(task)
+
+    def _lost(self, vm: VM, reason: str) -> None:
+        """The machine is no good. It may still write, so it is ended first; its tasks wait for that
+        (`_close`). What was only planned for it is planned anew at once."""
+        if vm.state in (VMState.TERMINATING, VMState.GONE):
+            return
+        vm.reason = reason
+        self._log.warning(f"{self._name(vm)} is given up: {reason}")
+        self._note(vm, f"given up: {reason}")
+        self._requeue_planned(vm)
+        self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine lost"))
+        self._terminate(vm)
+
+    def _boot_failed(self, vm: VM, reason: str) -> None:
+        console = self._cloud.console(vm.instance_id) if vm.instance_id else ""
+        self._boot_failures += 1
+        self._lost(vm, reason)
+        tail = "\n".join(f"    {line}" for line in console.splitlines()[-_CONSOLE_LINES:])
+        if tail:
+            self._log.warning(f"Console of {self._name(vm)}, last lines:\n{tail}")
+        if self._boot_failures >= MAX_BOOT_FAILURES:
+            self._refusal = (
+                f"{MAX_BOOT_FAILURES} VMs in a row did not join Slurm; the last: {reason}"
+            )
+
+    def _requeue_planned(self, vm: VM) -> None:
+        for task in vm.queue:
+            task.state, task.vm = TaskState.PENDING, None
+            self._dirty(task)
+        self._waiting[:0] = vm.queue
+        vm.queue.clear()
+
+    def _terminate(self, vm: VM) -> None:
+        """Asks for the machine's end; `_describe` sees when it is done, and asks again if it is not."""
+        vm.state = VMState.TERMINATING
+        self._note(vm, "terminating")
+        self._flush()
+        if vm.instance_id is not None:
+            try:
+                self._cloud.terminate([vm.instance_id])
+                vm.ended = self._clock()
+            except CloudUnavailable as error:
+                self._tell(f"EC2 does not answer, will ask again: {error}", logging.WARNING)
+        else:
+            self._close(vm)
+
+    def _close(self, vm: VM) -> None:
+        """The machine is gone for certain: nothing of it can write any more."""
+        vm.state = VMState.GONE
+        vm.ended = vm.ended or self._clock()
+        vm.ending = True
+        self._note(vm, "gone")
+        if vm.instance_id is None:
+            vm.node_deleted = True
+        elif not vm.node_deleted:
+            self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
+        for task in list(vm.active.values()):
+            self._rescue(vm, task)
+
+    def _rescue(self, vm: VM, task: Task) -> None:
+        """A task whose machine went away under it: its own witness decides, else it runs again."""
+        code = exit_code(self._config.exit_file(task))
+        if code is not None:
+            task.ended = vm.ended
+            self._judge(task, code)
+        elif task.attempt >= MAX_ATTEMPTS or self._stopping:
+            self._finish(task, TaskState.FAILED, f"its machine was lost ({vm.reason})")
+        else:
+            self._submitted.pop(task.attempt_key, None)
+            vm.active.pop(task.key, None)
+            task.state, task.vm, task.slurm_id, task.started = TaskState.PENDING, None, None, None
+            self._waiting.insert(0, task)
+            self._dirty(task)
+
+    def _finish_vms(self, view: ClusterView) -> None:
+        """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
+        for vm in list(self._vms.values()):
+            node = view.nodes.get(vm.name)
+            if vm.state == VMState.DRAINING and (node is None or node.is_drained):
+                self._delete_node(vm)
+                self._terminate(vm)
+            elif vm.state == VMState.DRAINING and vm.is_unused:
+                self._warn_of_guest(vm)
+            elif vm.state == VMState.TERMINATING and self._is_overdue(vm):
+                self._terminate(vm)
+            elif vm.state == VMState.GONE and (node is not None or not vm.node_deleted):
+                self._delete_node(vm)
+
+    def _is_overdue(self, vm: VM) -> bool:
+        """Whether the machine must be asked again to end: nobody heard, or nothing happened."""
+        return vm.ended is None or (
+            not vm.ending and self._clock() - vm.ended > _TERMINATE_PATIENCE
+        )
+
+    def _delete_node(self, vm: VM) -> None:
+        try:
+            vm.node_deleted = self._cluster.delete(vm.name)
+        except ClusterUnavailable as error:
+            self._tell(f"Slurm does not answer: {error}", logging.WARNING)
+
+    def _warn_of_guest(self, vm: VM) -> None:
+        if vm.idle_since is not None and self._clock() - vm.idle_since > _GUEST_PATIENCE:
+            self._tell(
+                f"{self._name(vm)} is kept: a job of somebody else runs there", logging.WARNING
+            )
+
+    def _drop_unsubmitted(self) -> None:
+        self._take_inbox()
+        for task in self._waiting:
+            self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
+        self._waiting.clear()
+        for vm in self._vms.values():
+            for task in vm.queue:
+                self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
+            vm.queue.clear()
+
+    # -- decide
+
+    def _place_all(self) -> None:
+        """Gives every waiting task to a VM, as its strategy says."""
+        waiting, self._waiting = self._waiting, []
+        pools = self._pools()
+        for task in waiting:
+            kind = self._type_for(task)
+            if kind is None:
+                self._end(task, TaskState.FAILED, self._too_big(task))
+                continue
+            pool = pools.setdefault((task.strategy, kind.name), [])
+            vm = self._choose(task, kind, pool)
+            if vm is not None:
+                self._assign(task, vm)
+            elif self._refusal and not pool:
+                self._end(task, TaskState.FAILED, f"no VM can be started: {self._refusal}")
+            else:
+                self._waiting.append(task)
+
+    def _pools(self) -> dict[tuple[str, str], list[VM]]:
+        pools: dict[tuple[str, str], list[VM]] = {}
+        for vm in self._vms.values():
+            if vm.is_open:
+                pools.setdefault((vm.strategy, vm.type.name), []).append(vm)
+        return pools
+
+    def _choose(self, task: Task, kind: InstanceType, pool: list[VM]) -> VM | None:
+        fleet = Fleet(pool, self._clock(), self._boot_time())
+        chosen = self._strategy(task.strategy).choose(task, fleet)
+        if chosen is not None:
+            return chosen
+        if not self._may_start():
+            return fleet.idle_first()
+        started = self._plan_vm(task.strategy, kind)
+        pool.append(started)
+        return started
+
+    def _assign(self, task: Task, vm: VM) -> None:
+        memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus
+        task.need = Need(task.need.cpus, memory)
+        task.state, task.vm = TaskState.SCHEDULED, vm.name
+        vm.queue.append(task)
+        self._dirty(task)
+
+    def _strategy(self, name: str) -> strategies.Strategy:
+        if name not in self._strategies:
+            self._strategies[name] = strategies.make(name)
+        return self._strategies[name]
+
+    def _type_for(self, task: Task) -> InstanceType | None:
+        """The first allowed type that fits the task; for a one-type strategy, the first that fits
+        everything known to use it, else as if there were only this task."""
+        needs = [task.need]
+        if self._strategy(task.strategy).one_type:
+            needs += self._expected.get(task.strategy, [])
+        for wanted in (needs, [task.need]):
+            for kind in self._config.types:
+                if all(kind.fits(need) for need in wanted):
+                    return kind
+        return None
+
+    def _too_big(self, task: Task) -> str:
+        return too_big(f"rule {task.rule}", task.need, self._config.types)
+
+    def _may_start(self) -> bool:
+        alive = sum(1 for vm in self._vms.values() if vm.state != VMState.GONE)
+        return alive < self._config.max_vms and not self._stopping and not self._refusal
+
+    def _plan_vm(self, strategy: str, kind: InstanceType) -> VM:
+        self._vm_count += 1
+        name = f"schlouder-{self._config.run}-{self._vm_count}"
+        token = client_token(self._config.run, name, kind.name, 1)
+        vm = VM(name, strategy, kind, token, self._clock())
+        self._vms[name] = vm
+        return vm
+
+    def _boot_time(self) -> float:
+        return statistics.median(self._boots) if self._boots else DEFAULT_BOOT_TIME
+
+    # -- act
+
+    def _launch_planned(self) -> None:
+        now = self._clock()
+        for vm in [vm for vm in self._vms.values() if vm.state == VMState.PLANNED]:
+            if self._stopping or not vm.queue:
+                self._close(vm)
+        due = [
+            vm for vm in self._vms.values() if vm.state == VMState.PLANNED and vm.retry_at <= now
+        ]
+        if not due:
+            return
+        for vm in due:
+            vm.state = VMState.REQUESTED
+            self._note(vm, f"requesting a {vm.type.name}")
+        self._flush()
+        requests = [LaunchRequest(vm.name, vm.token, vm.type, vm.requested) for vm in due]
+        for vm, outcome in zip(due, self._cloud.launch(requests), strict=True):
+            self._take_outcome(vm, outcome)
+        self._flush()
+
+    def _take_outcome(
+        self, vm: VM, outcome: Instance | CloudUnavailable | LaunchRefused | TokenSpent
+    ) -> None:
+        if isinstance(outcome, Instance):
+            vm.instance_id, vm.state = outcome.id, VMState.BOOTING
+            self._note(vm, f"is instance {outcome.id}")
+        elif isinstance(outcome, LaunchRefused):
+            self._refusal = str(outcome)
+            self._log.error(f"EC2 refuses to start {self._name(vm)}: {outcome}")
+            self._requeue_planned(vm)
+            self._close(vm)
+        else:
+            self._launch_later(vm, outcome)
+
+    def _launch_later(self, vm: VM, outcome: CloudUnavailable | TokenSpent) -> None:
+        """The same token again, so that a launch whose reply was lost is not made twice; a spent token
+        is replaced."""
+        vm.launch_attempt += 1
+        if isinstance(outcome, TokenSpent):
+            vm.token = client_token(self._config.run, vm.name, vm.type.name, vm.launch_attempt)
+        vm.state = VMState.PLANNED
+        vm.retry_at = self._clock() + min(_LAUNCH_BACKOFF, 2.0**vm.launch_attempt)
+        self._tell(f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING)
+        self._note(vm, f"not started: {outcome}")
+
+    def _submit_ready(self) -> None:
+        for vm in self._vms.values():
+            while vm.state == VMState.READY and vm.queue and self._takes_one_more(vm):
+                if not self._submit(vm, vm.queue[0]):
+                    return
+
+    def _takes_one_more(self, vm: VM) -> bool:
+        """A task that fits beside the running ones, or else one task ahead, so that Slurm has the next
+        one at hand when a running one ends."""
+        return vm.has_room(vm.queue[0].need) or vm.has_room(Need(0, 0))
+
+    def _submit(self, vm: VM, task: Task) -> bool:
+        """Hands the head of the VM's queue to Slurm; False if Slurm does not answer."""
+        del vm.queue[0]
+        task.attempt += 1
+        task.state = TaskState.SUBMITTED
+        vm.active[task.key] = task
+        vm.idle_since = None
+        self._submitted[task.attempt_key] = task
+        self._dirty(task)
+        self._flush()
+        try:
+            task.slurm_id = self._cluster.submit(self._request(vm, task))
+        except ClusterUnavailable as error:
+            self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
+            return False
+        except SubmissionRefused as error:
+            if "Invalid node name" in str(error):
+                self._lost(vm, "Slurm no longer has the node")
+            else:
+                self._finish(task, TaskState.FAILED, f"Slurm refused the job: {error}")
+        self._dirty(task)
+        return True
+
+    def _request(self, vm: VM, task: Task) -> JobRequest:
+        script = job_script(task.name, task.command, self._config.exit_file(task))
+        return JobRequest(
+            key=task.attempt_key,
+            run=self._config.job_name,
+            node=vm.name,
+            script=script,
+            cpus=task.need.cpus,
+            memory=task.need.memory,
+            limit=task.limit,
+            workdir=self._config.workdir,
+            log=self._config.log_file(task),
+            partition=self._config.partition,
+        )
+
+    def _retire_idle(self) -> None:
+        idle = [vm for vm in self._vms.values() if vm.state == VMState.READY and vm.is_unused]
+        leaving = [vm for vm in idle if self._may_leave(vm)]
+        for vm in leaving:
+            vm.state = VMState.DRAINING
+            self._note(vm, "draining")
+        self._flush()
+        if leaving:
+            names = [vm.name for vm in leaving]
+            self._try_cluster(lambda: self._cluster.drain(names, "schlouder: no work left"))
+        for vm in list(self._vms.values()):
+            if vm.state == VMState.BOOTING and vm.is_unused:
+                self._terminate(vm)
+
+    def _may_leave(self, vm: VM) -> bool:
+        if self._stopping or self._waiting or not self._strategy(vm.strategy).reuses_vms:
+            return True
+        now = self._clock()
+        idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
+        return self._config.billing.may_retire(now - vm.requested, idle_for, self._boot_time())
+
+    # -- the end of the run
+
+    def _clear_slurm(self) -> Mapping[str, list[str]]:
+        """Cancels the run's jobs, stops the nodes from taking others; returns the nodes with jobs of
+        somebody else, by name."""
+        names = [
+            vm.name for vm in self._vms.values() if vm.state in (VMState.READY, VMState.DRAINING)
+        ]
+        self._try_cluster(lambda: self._cluster.cancel_run(self._config.job_name))
+        self._try_cluster(lambda: self._cluster.drain(names, "schlouder: the run has ended"))
+        try:
+            return self._cluster.foreign_jobs(self._config.job_name)
+        except ClusterUnavailable as error:
+            self._log.warning(f"Slurm does not answer; VMs are given back all the same: {error}")
+            return {}
+
+    def _give_up_submitted(self) -> None:
+        for task in self._submitted.values():
+            self._end(task, TaskState.CANCELLED, "the run was ended")
+        self._submitted.clear()
+        for vm in self._vms.values():
+            vm.active.clear()
+
+    def _terminate_all(self, vms: Sequence[VM]) -> None:
+        """In one call; machines whose launch was never answered are found by the run's tag."""
+        ids = {vm.instance_id for vm in vms if vm.instance_id is not None}
+        kept = {vm.instance_id for vm in self._vms.values() if vm not in vms}
+        for vm in vms:
+            if vm.state != VMState.GONE:
+                vm.state, vm.ended = VMState.TERMINATING, vm.ended or self._clock()
+                self._note(vm, "terminating")
+        self._flush()
+        try:
+            listed = self._cloud.instances(self._config.run)
+            ids |= {instance.id for instance in listed if instance.is_alive} - kept
+            if ids:
+                self._cloud.terminate(sorted(ids))
+        except CloudUnavailable as error:
+            self._tell(f"EC2 does not answer: {error}", logging.WARNING)
+            return
+        for vm in vms:
+            if vm.instance_id is None and vm.state != VMState.GONE:
+                self._close(vm)
+
+    def _await_end(self, vms: Sequence[VM]) -> None:
+        """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
+        machine that is ending costs nothing more, so that its last breath is waited for only shortly."""
+        begun = asked = self._clock()
+        while self._clock() - begun < _RELEASE_PATIENCE:
+            self._describe()
+            for vm in vms:
+                if not vm.node_deleted:
+                    self._delete_node(vm)
+            safe = all(vm.ending and vm.node_deleted for vm in vms)
+            late = self._clock() - begun > _LAST_BREATH
+            if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
+                return
+            self._sleep(_RELEASE_PAUSE)
+            if self._clock() - asked > _DESCRIBE_SOON:
+                asked = self._clock()
+                self._terminate_all([vm for vm in vms if not vm.ending])
+
+    def _why_kept(self, vm: VM, foreign: Mapping[str, list[str]]) -> str:
+        if vm.name in foreign:
+            jobs = ", ".join(foreign[vm.name])
+            return (
+                f"Slurm job {jobs} on it is not of this run; end it with "
+                f"`aws ec2 terminate-instances --instance-ids {vm.instance_id}` when that job is done"
+            )
+        return "EC2 did not confirm its end; look with `aws ec2 describe-instances`"
+
+    # -- small change
+
+    def _try_cluster(self, action: Callable[[], object]) -> None:
+        """For what may be left undone when Slurm is away: it is repeated or has no effect on cost."""
+        try:
+            action()
+        except ClusterUnavailable as error:
+            self._tell(f"Slurm does not answer: {error}", logging.WARNING)
+
+    def _vm_of(self, task: Task) -> VM:
+        """The VM of a task that has one."""
+        assert task.vm is not None
+        return self._vms[task.vm]
+
+    def _name(self, vm: VM) -> str:
+        return f"VM {vm.instance_id or '(not started)'} ({vm.name})"
+
+    def _note(self, vm: VM, what: str) -> None:
+        self._dirty_vms[vm.name] = vm
+        self._journal.event(self._config.run, self._clock(), vm.name, what)
+        self._log.debug(f"{self._name(vm)}: {what}")
+
+    def _dirty(self, task: Task) -> None:
+        self._dirty_tasks[task.key] = task
+
+    def _flush(self) -> None:
+        if self._dirty_vms or self._dirty_tasks:
+            self._journal.write(
+                self._config.run, self._dirty_vms.values(), self._dirty_tasks.values()
+            )
+            self._dirty_vms.clear()
+            self._dirty_tasks.clear()
+
+    def _tell(self, message: str, level: int) -> None:
+        """Says a thing once a run, however often it happens."""
+        if message not in self._told:
+            self._told.add(message)
+            self._log.log(level, message)
+
+
+def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
+    """The message for a rule or task that no allowed type can hold."""
+    offers = ", ".join(f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB)" for kind in types)
+    return (
+        f"{what} needs {need.cpus} cpus and {need.memory} MiB; the allowed instance types offer {offers}. "
+        "Lower threads or mem_mb, or allow a larger type with --schlouder-instance-types"
+    )

@@ -1,0 +1,379 @@
+"""The Snakemake side: jobs become tasks, ended tasks become callbacks, signals become stop or release.
+
+Decides nothing; the broker does. Contract of the base class: snakemake-interface-executor-plugins 9.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import getpass
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from snakemake_interface_common.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
+from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
+from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
+
+from .broker import Broker, BrokerConfig, too_big
+from .journal import Journal, RunRecord, journal_path
+from .model import InstanceType, SchlouderError, Task, TaskState
+from .provision import Ec2Settings, Join, connect, instance_types
+from .settings import Config, RuleSettings, rule_settings, validated
+from .slurm.cli import SlurmCommands
+
+_PAUSE_BUSY = 0.5
+_PAUSE_QUIET = 1.0
+_LOG_LINES = 30
+
+
+class Executor(RemoteExecutor):
+    """`--executor schlouder`. Keeps no list of jobs of its own beyond results not yet handed on."""
+
+    def __init__(
+        self, workflow: WorkflowExecutorInterface, logger: LoggerExecutorInterface
+    ) -> None:
+        """The base class starts the thread that checks jobs before it calls `__post_init__`, so
+        everything that thread touches is made first."""
+        self._wake = threading.Event()
+        self._broker: Broker | None = None
+        self._journal: Journal | None = None
+        self._ended: dict[str, Task] = {}
+        self._dropped = 0
+        self._reported = False
+        self._job_cores = 1
+        self._task_count = 0
+        self._run = uuid.uuid4().hex[:8]
+        super().__init__(workflow, logger)
+
+    def __post_init__(self) -> None:
+        """Checks everything that can be checked while it costs nothing. Starts no VM; with nothing to
+        be done, or only local rules, it does not even look at the cloud."""
+        with _as_workflow_error():
+            self._config = validated(self.executor_settings)
+            jobs = self._jobs_ahead()
+            if jobs:
+                self._open(jobs)
+
+    # -- Snakemake hands jobs over
+
+    def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
+        broker = self._opened(jobs)
+        tasks = []
+        for job in jobs:
+            self.run_job_pre(job)
+            try:
+                tasks.append((job, self._task(job)))
+            except SchlouderError as error:
+                self.report_job_error(SubmittedJobInfo(job), msg=f"{error}\n")
+        broker.submit([task for _, task in tasks])
+        for job, task in tasks:
+            self.report_job_submission(SubmittedJobInfo(job, external_jobid=task.key))
+        self._wake.set()
+
+    def run_job(self, job: JobExecutorInterface) -> None:
+        self.run_jobs([job])
+
+    @property
+    def cores(self) -> int:
+        """The CPUs the job being written down gets of its VM; a shared VM has more."""
+        return self._job_cores
+
+    # -- Snakemake asks what became of them
+
+    async def check_active_jobs(
+        self, active_jobs: list[SubmittedJobInfo]
+    ) -> AsyncGenerator[SubmittedJobInfo, None]:
+        """Yields every job that is not known to have ended, whatever goes wrong in between: a job
+        neither yielded nor reported would be forgotten."""
+        self._tick()
+        for info in active_jobs:
+            task = self._ended.pop(info.external_jobid or "", None)
+            if task is None:
+                yield info
+            else:
+                self._hand_on(info, task)
+        self._tell_dropped()
+
+    async def sleep(self) -> None:
+        """Short, and ended at once by new jobs or by the end of the run."""
+        busy = self._broker is not None and self._broker.is_busy
+        await asyncio.to_thread(self._wake.wait, _PAUSE_BUSY if busy else _PAUSE_QUIET)
+        self._wake.clear()
+
+    # -- Snakemake ends
+
+    def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
+        """Ends everything of this run. The list may lack jobs that are being checked just now, so the
+        broker's own books count."""
+        self._give_back()
+
+    def shutdown(self) -> None:
+        self._give_back()
+        with self.lock:
+            self.wait = False
+        self._wake.set()
+        super().shutdown()
+        self._report()
+
+    def _give_back(self) -> None:
+        if self._broker is None or self._journal is None:
+            return
+        with _shielded(self.logger):
+            self._broker.release()
+            self._journal.end_run(self._run, time.time())
+
+    # -- opening
+
+    def _opened(self, jobs: list[JobExecutorInterface]) -> Broker:
+        if self._broker is None:
+            with _as_workflow_error():
+                self._open([job for job in jobs if not job.is_group()])
+        assert self._broker is not None
+        return self._broker
+
+    def _open(self, jobs: list[Any]) -> None:
+        """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
+        config = self._config
+        rules = self._rules(jobs)
+        cluster = SlurmCommands(config.partition)
+        info = cluster.check()
+        join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
+        cloud = connect(_ec2_settings(config), join, _owner(), self._run)
+        types = instance_types(cloud.region, config.instance_types)
+        _check_sizes(rules, types)
+        self._journal = self._open_journal(cloud.region, cloud.endpoint)
+        self._broker = Broker(
+            BrokerConfig(
+                run=self._run,
+                workdir=self._workdir,
+                partition=config.partition,
+                types=tuple(types),
+                max_vms=config.max_vms,
+                billing=config.billing,
+                boot_timeout=config.boot_timeout,
+            ),
+            cloud,
+            cluster,
+            self._journal,
+            self.logger,
+        )
+        self._broker.expect((settings.strategy, settings.need) for _, settings in rules)
+        atexit.register(self._give_back)
+        self._stop_on_sigterm()
+
+    def _open_journal(self, region: str, endpoint: str) -> Journal:
+        path = journal_path(self._workdir)
+        journal = Journal(path)
+        if journal.set_aside is not None:
+            self.logger.warning(
+                f"The journal {path} could not be read; it was moved to {journal.set_aside} "
+                "and a new one begun."
+            )
+        journal.begin_run(
+            RunRecord(
+                self._run,
+                str(self._workdir),
+                socket.gethostname(),
+                os.getpid(),
+                region,
+                endpoint,
+                self._config.strategy,
+                time.time(),
+            )
+        )
+        return journal
+
+    @property
+    def _workdir(self) -> Path:
+        return Path(self.workflow.workdir_init).resolve()
+
+    def _jobs_ahead(self) -> list[Any]:
+        """The remote jobs of the DAG as far as it is known. This look ahead is no part of the executor
+        interface; without it, checks happen when the first jobs come."""
+        needrun = getattr(self.dag, "needrun_jobs", None)
+        return [job for job in needrun() if not job.is_local] if needrun is not None else []
+
+    def _rules(self, jobs: list[Any]) -> list[tuple[str, RuleSettings]]:
+        """What the jobs ask for, once for each rule and demand; all wrong resources in one error."""
+        found: dict[tuple[str, RuleSettings], None] = {}
+        problems: dict[str, None] = {}
+        for job in jobs:
+            try:
+                found[job.name, self._settings(job)] = None
+            except SchlouderError as error:
+                problems[str(error)] = None
+        if problems:
+            raise SchlouderError("\n".join(problems))
+        return list(found)
+
+    def _settings(self, job: Any) -> RuleSettings:
+        resources: Mapping[str, Any] = dict(job.resources.items())
+        threads = job.threads if isinstance(job.threads, int) else 1
+        return rule_settings(job.name, max(1, threads), resources, self._config)
+
+    def _task(self, job: JobExecutorInterface) -> Task:
+        settings = self._settings(job)
+        self._job_cores = settings.need.cpus
+        self._task_count += 1
+        return Task(
+            key=f"{self._run}-{self._task_count}",
+            name=_display_name(job),
+            rule=_file_name(job.name),
+            jobid=_file_name(str(job.jobid)),
+            strategy=settings.strategy,
+            need=settings.need,
+            command=self.format_job_exec(job),
+            limit=settings.limit,
+            planned=settings.planned,
+        )
+
+    def _stop_on_sigterm(self) -> None:
+        """Snakemake itself only waits on SIGTERM; meanwhile nothing new must be started."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        broker, snakemakes = self._broker, signal.getsignal(signal.SIGTERM)
+
+        def stop(number: int, frame: Any) -> None:
+            if broker is not None:
+                broker.stop()
+            if callable(snakemakes):
+                snakemakes(number, frame)
+
+        signal.signal(signal.SIGTERM, stop)
+
+    # -- results
+
+    def _tick(self) -> None:
+        if self._broker is None:
+            return
+        try:
+            self._ended.update({task.key: task for task in self._broker.tick()})
+        except Exception as error:
+            self.logger.warning(f"schlouder: a round failed and will be repeated: {error!r}")
+            self.logger.debug("schlouder: trace of the failed round", exc_info=True)
+
+    def _hand_on(self, info: SubmittedJobInfo, task: Task) -> None:
+        if task.state == TaskState.COMPLETE:
+            self.report_job_success(info)
+        elif task.state == TaskState.CANCELLED:
+            self._dropped += 1
+            self.workflow.scheduler.error_callback(info.job)
+        else:
+            self._report_failure(info, task)
+
+    def _report_failure(self, info: SubmittedJobInfo, task: Task) -> None:
+        assert self._broker is not None
+        log = self._broker.log_of(task)
+        where = f"on VM {task.vm} " if task.vm else ""
+        self.report_job_error(
+            info,
+            msg=f"Job {task.name} {where}{task.reason}.\n{_tail(log)}",
+            aux_logs=[str(log)] if log.exists() else [],
+        )
+        if info.job.is_group():
+            self.logger.error(f"Group job {task.name} {where}{task.reason}.\n{_tail(log)}")
+        if self._is_final(info.job):
+            self._broker.stop()
+
+    def _is_final(self, job: Any) -> bool:
+        """Whether this failure ends the workflow: no retry is left and --keep-going was not given."""
+        retried = getattr(job, "restart_times", 0) > job.attempt - 1
+        settings = getattr(self.workflow, "execution_settings", None)
+        return not retried and not getattr(settings, "keep_going", False)
+
+    def _tell_dropped(self) -> None:
+        if self._dropped:
+            self.logger.info(f"{self._dropped} jobs were not started, because the run is ending.")
+            self._dropped = 0
+
+    def _report(self) -> None:
+        if self._journal is None or self._reported:
+            return
+        from . import report
+
+        self._reported = True
+        self.logger.info(report.as_text(report.run_report(self._journal, self._run)))
+
+
+def _ec2_settings(config: Config) -> Ec2Settings:
+    return Ec2Settings(
+        region=config.region,
+        image=config.image,
+        subnet=config.subnet,
+        security_groups=config.security_groups,
+        key_name=config.key_name,
+        instance_profile=config.instance_profile,
+    )
+
+
+def _check_sizes(rules: list[tuple[str, RuleSettings]], types: list[InstanceType]) -> None:
+    problems = [
+        too_big(f"rule {rule}", settings.need, types)
+        for rule, settings in rules
+        if not any(kind.fits(settings.need) for kind in types)
+    ]
+    if problems:
+        raise SchlouderError("\n".join(problems))
+
+
+def _display_name(job: Any) -> str:
+    """Rule and wildcards, such as `search chunk=3`."""
+    wildcards = getattr(job, "wildcards_dict", None) or {}
+    return " ".join([job.name, *(f"{name}={value}" for name, value in wildcards.items())])
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
+
+
+def _owner() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _tail(log: Path) -> str:
+    """The end of a job's log, indented, for the error message."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"    (no log at {log})\n"
+    shown = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
+    return f"Last lines of {log}:\n{shown}\n"
+
+
+@contextmanager
+def _as_workflow_error() -> Iterator[None]:
+    """Snakemake shows a WorkflowError as its message alone, without a trace."""
+    try:
+        yield
+    except SchlouderError as error:
+        raise WorkflowError(str(error)) from error
+
+
+@contextmanager
+def _shielded(logger: LoggerExecutorInterface) -> Iterator[None]:
+    """While VMs are given back, a further Ctrl-C is answered but does not interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def answer(number: int, frame: Any) -> None:
+        logger.info("VMs are being given back, please wait.")
+
+    before = signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

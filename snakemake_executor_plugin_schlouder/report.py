@@ -1,0 +1,114 @@
+"""Tables for people, made from the journal."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TYPE_CHECKING
+
+from .journal import Journal, RunRecord, TaskRecord, VMRecord
+from .model import VMState
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknown value
+
+NARROWEST = 100
+"""Columns a table takes when the output is no terminal, and at least."""
+
+
+def run_report(journal: Journal, run: str) -> RenderableType:
+    """The per-VM table of one run: a header for each VM, then its tasks in the order in which they ran."""
+    from rich.console import Group
+    from rich.text import Text
+
+    vms, tasks = journal.vms(run), journal.tasks(run)
+    record = next(record for record in journal.runs() if record.run == run)
+    parts: list[RenderableType] = [Text(_run_line(record, vms, tasks))]
+    for vm in vms:
+        parts.append(Text(f"\n{_vm_line(vm)}", style="bold"))
+        parts.append(_task_table([task for task in tasks if task.vm == vm.name]))
+    homeless = [task for task in tasks if task.vm is None]
+    if homeless:
+        parts.append(Text("\nNot on any VM"))
+        parts.append(_task_table(homeless))
+    return Group(*parts)
+
+
+def as_text(renderable: RenderableType) -> str:
+    """The renderable as plain text, as wide as the terminal, or NARROWEST columns."""
+    from rich.console import Console
+
+    width = max(NARROWEST, shutil.get_terminal_size((NARROWEST, 24)).columns)
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().rstrip()
+
+
+def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> str:
+    complete = sum(1 for task in tasks if task.state == "complete")
+    end = run.ended or time.time()
+    started = [vm for vm in vms if vm.instance_id is not None]
+    uptime = sum((vm.ended or end) - vm.requested for vm in started)
+    return (
+        f"schlouder run {run.run} of {_stamp(run.started)}: {complete} of {len(tasks)} jobs complete "
+        f"in {end - run.started:.0f} s, {len(started)} VMs, {uptime:.0f} VM seconds"
+    )
+
+
+def _vm_line(vm: VMRecord) -> str:
+    boot = "never joined" if vm.ready is None else f"+ {vm.ready - vm.requested:.0f} seconds"
+    reason = f"  {vm.reason}" if vm.reason else ""
+    state = "terminated" if vm.state == VMState.GONE else vm.state
+    header = f"{vm.instance_id or 'not started'} - {vm.name} ({_clock(vm.requested)}) {boot}"
+    return f"{header}  [{vm.instance_type}, {state}]{reason}"
+
+
+def _task_table(tasks: list[TaskRecord]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
+    table.add_column("\nID", width=6, overflow="fold")
+    table.add_column("\nState", width=9)
+    table.add_column("\nName", ratio=1, overflow="fold")
+    table.add_column("\nSubmission", width=10)
+    table.add_column("Duration\n(real / planned)", width=16)
+    table.add_column("\nStart Date", width=10)
+    table.add_column("End Date\n(real / planned)", width=19)
+    for task in sorted(tasks, key=lambda task: (task.started or float("inf"), task.received)):
+        table.add_row(
+            task.jobid,
+            task.state,
+            task.name if not task.reason else f"{task.name}: {task.reason}",
+            _clock(task.received),
+            f"{_seconds(_duration(task))} / {_seconds(task.planned)}",
+            _clock(task.started),
+            f"{_clock(task.ended)} / {_clock(_planned_end(task))}",
+        )
+    return table
+
+
+def _duration(task: TaskRecord) -> float | None:
+    if task.started is None or task.ended is None:
+        return None
+    return task.ended - task.started
+
+
+def _planned_end(task: TaskRecord) -> float | None:
+    if task.started is None or task.planned is None:
+        return None
+    return task.started + task.planned
+
+
+def _seconds(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0f} s"
+
+
+def _clock(moment: float | None) -> str:
+    return NOTHING if moment is None else time.strftime("%H:%M:%S", time.localtime(moment))
+
+
+def _stamp(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

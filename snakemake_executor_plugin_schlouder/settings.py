@@ -1,0 +1,251 @@
+"""The `--schlouder-*` flags, the per-rule resources, and their validation into plain frozen objects.
+
+No `from __future__ import annotations` here: Snakemake builds its parser from the annotations and takes
+only plain types and `Optional[...]`, never `X | None` or strings.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
+
+from . import strategies
+from .model import Billing, Need, SchlouderError
+
+
+def _setting(text: str, **metadata: Any) -> dict[str, Any]:
+    return {"help": text, "env_var": True, **metadata}
+
+
+@dataclass
+class ExecutorSettings(ExecutorSettingsBase):
+    """What a user can set, as given; `validated` turns it into a `Config`."""
+
+    strategy: Optional[str] = field(
+        default="one-vm-per-job",
+        metadata=_setting(
+            "How many VMs to start and which job goes to which: "
+            f"{', '.join(strategies.known())}. A rule may name its own with the resource schlouder_strategy.",
+            metavar="NAME",
+        ),
+    )
+    max_vms: Optional[int] = field(
+        default=20, metadata=_setting("Most VMs at any time, over all strategies.", metavar="N")
+    )
+    btu: Optional[float] = field(
+        default=1.0,
+        metadata=_setting(
+            "Billing time unit in seconds: 1 for AWS, 3600 for hourly clouds.", metavar="S"
+        ),
+    )
+    min_charge: Optional[float] = field(
+        default=60.0, metadata=_setting("Seconds a VM costs at the least.", metavar="S")
+    )
+    margin: Optional[float] = field(
+        default=50.0,
+        metadata=_setting(
+            "Seconds before the end of a paid unit at which an idle VM is given back.", metavar="S"
+        ),
+    )
+    instance_types: Optional[str] = field(
+        default="m5.large",
+        metadata=_setting(
+            "EC2 instance types that may be used, separated by commas, the preferred (cheapest) first; "
+            "a job gets the first one that fits.",
+            metavar="TYPE[,TYPE...]",
+        ),
+    )
+    image: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Machine image (AMI) with munge and slurmd; see the docs.", metavar="AMI"
+        ),
+    )
+    subnet: Optional[str] = field(
+        default=None, metadata=_setting("Subnet the VMs are started in.", metavar="SUBNET")
+    )
+    security_groups: Optional[str] = field(
+        default=None,
+        metadata=_setting("Security groups of the VMs, separated by commas.", metavar="SG[,SG...]"),
+    )
+    key_name: Optional[str] = field(
+        default=None, metadata=_setting("EC2 key pair for ssh to the VMs.", metavar="NAME")
+    )
+    instance_profile: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Instance profile (name or ARN) with which a VM reads the munge key.", metavar="NAME"
+        ),
+    )
+    region: Optional[str] = field(
+        default=None, metadata=_setting("AWS region; default: boto3's.", metavar="REGION")
+    )
+    munge_key_parameter: Optional[str] = field(
+        default="/schlouder/munge-key",
+        metadata=_setting(
+            "SSM parameter (SecureString) that holds the cluster's munge key, base64.",
+            metavar="NAME",
+        ),
+    )
+    partition: Optional[str] = field(
+        default="schlouder",
+        metadata=_setting("Slurm partition the VMs belong to.", metavar="NAME"),
+    )
+    boot_timeout: Optional[float] = field(
+        default=600.0,
+        metadata=_setting(
+            "Seconds after which a VM that has not joined Slurm is given up.", metavar="S"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings that make sense. Durations in seconds; empty strings mean EC2's own default."""
+
+    strategy: str
+    max_vms: int
+    billing: Billing
+    instance_types: tuple[str, ...]
+    image: str
+    subnet: str
+    security_groups: tuple[str, ...]
+    key_name: str
+    instance_profile: str
+    region: str
+    munge_key_parameter: str
+    partition: str
+    boot_timeout: float
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """What the resources of one job say. `limit` (runtime) and `planned` in seconds, None if not given."""
+
+    strategy: str
+    need: Need
+    limit: Optional[float]
+    planned: Optional[float]
+
+
+def validated(settings: ExecutorSettings) -> Config:
+    """The settings as a Config; SchlouderError lists everything that is wrong with them at once."""
+    problems = [*_wrong_names(settings), *_wrong_numbers(settings)]
+    if problems:
+        raise SchlouderError("\n".join(problems))
+    return Config(
+        strategy=settings.strategy or "",
+        max_vms=settings.max_vms or 0,
+        billing=Billing(settings.btu or 0, settings.min_charge or 0, settings.margin or 0),
+        instance_types=_words(settings.instance_types),
+        image=settings.image or "",
+        subnet=settings.subnet or "",
+        security_groups=_words(settings.security_groups),
+        key_name=settings.key_name or "",
+        instance_profile=settings.instance_profile or "",
+        region=settings.region or "",
+        munge_key_parameter=settings.munge_key_parameter or "",
+        partition=settings.partition or "",
+        boot_timeout=settings.boot_timeout or 0,
+    )
+
+
+def rule_settings(
+    rule: str, threads: int, resources: Mapping[str, Any], config: Config
+) -> RuleSettings:
+    """What a job of `rule` asks for; SchlouderError names the rule, the resource and what is allowed.
+
+    A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
+    """
+    strategy = _known(resources.get("schlouder_strategy")) or config.strategy
+    if strategy not in strategies.known():
+        raise SchlouderError(
+            f"rule {rule}: schlouder_strategy: {strategy!r} is unknown; known are "
+            f"{', '.join(strategies.known())}"
+        )
+    memory = _integer(rule, "mem_mb", _known(resources.get("mem_mb")))
+    runtime = _integer(rule, "runtime", _known(resources.get("runtime")))
+    limit = None if runtime is None else runtime * 60.0
+    walltime = _known(resources.get("schlouder_walltime"))
+    planned = limit if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
+    return RuleSettings(strategy, Need(threads, memory or 0), limit, planned)
+
+
+def seconds(setting: str, value: Any) -> float:
+    """A duration: a number of seconds, or text such as `70s`, `2m`, `1.5h`, `1d`."""
+    units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
+    if found is None or float(found[1]) <= 0:
+        raise SchlouderError(
+            f"{setting}: {value!r} is no duration; allowed are positive seconds or text such as 70s, 2m, 1.5h"
+        )
+    return float(found[1]) * units[found[2]]
+
+
+def _wrong_names(settings: ExecutorSettings) -> list[str]:
+    problems = []
+    if settings.strategy not in strategies.known():
+        problems.append(
+            f"--schlouder-strategy: {settings.strategy!r} is unknown; "
+            f"known are {', '.join(strategies.known())}"
+        )
+    if not settings.image:
+        problems.append(
+            "--schlouder-image: not given; the id of a machine image (ami-...) is needed"
+        )
+    if not _words(settings.instance_types):
+        problems.append(
+            "--schlouder-instance-types: not given; at least one type such as m5.large is needed"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", settings.partition or ""):
+        problems.append(
+            f"--schlouder-partition: {settings.partition!r} is no name of a Slurm partition"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_./-]+", settings.munge_key_parameter or ""):
+        problems.append(
+            f"--schlouder-munge-key-parameter: {settings.munge_key_parameter!r} is no SSM parameter name "
+            "(letters, digits and _ . - /)"
+        )
+    return problems
+
+
+def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
+    bounds = (
+        ("max-vms", settings.max_vms, 1, "a whole number of at least 1"),
+        ("min-charge", settings.min_charge, 0, "seconds, at least 0"),
+        ("margin", settings.margin, 0, "seconds, at least 0"),
+    )
+    problems = [
+        f"--schlouder-{name}: {value} is not allowed; it must be {allowed}"
+        for name, value, least, allowed in bounds
+        if value is None or not least <= value < float("inf")
+    ]
+    for name, value in (("btu", settings.btu), ("boot-timeout", settings.boot_timeout)):
+        if value is None or not 0 < value < float("inf"):
+            problems.append(
+                f"--schlouder-{name}: {value} is not allowed; it must be seconds above 0"
+            )
+    return problems
+
+
+def _words(text: Optional[str]) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[,\s]+", text or "") if word)
+
+
+def _known(value: Any) -> Any:
+    """None for what Snakemake marks as to be determined (`<TBD>`)."""
+    return (
+        None if value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>" else value
+    )
+
+
+def _integer(rule: str, resource: str, value: Any) -> Optional[int]:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise SchlouderError(
+            f"rule {rule}: {resource}: {value!r} is not allowed; it must be a number above 0"
+        )
+    return int(value)

@@ -1,0 +1,240 @@
+"""Small honest implementations of the two ports, with a clock that only moves when it is told to.
+
+`FakeCloud` and `FakeSlurm` share one `World`: a launched machine boots for `boot_time` seconds and then
+is a Slurm node; a submitted job runs for the seconds its command names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from snakemake_executor_plugin_schlouder.provision import (
+    CloudUnavailable,
+    Instance,
+    LaunchOutcome,
+    LaunchRequest,
+)
+from snakemake_executor_plugin_schlouder.slurm import (
+    ClusterInfo,
+    ClusterUnavailable,
+    ClusterView,
+    JobRequest,
+    JobStatus,
+    NodeStatus,
+    SubmissionRefused,
+)
+from snakemake_executor_plugin_schlouder.slurm.states import phase_of
+
+
+@dataclass
+class Machine:
+    instance: Instance
+    started: float
+    cpus: int
+    joined: bool = False
+
+
+@dataclass
+class SlurmJob:
+    request: JobRequest
+    slurm_id: str
+    walltime: float
+    exit_code: int
+    state: str = "PENDING"
+    started: float | None = None
+    ended: float | None = None
+
+
+@dataclass
+class World:
+    boot_time: float = 10.0
+    now: float = 1000.0
+    machines: dict[str, Machine] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, SlurmJob] = field(default_factory=dict)
+    never_joins: bool = False
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pass_time(seconds)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for machine in self.machines.values():
+            ready = machine.started + self.boot_time <= self.now and not self.never_joins
+            if machine.instance.is_alive and ready and not machine.joined:
+                machine.joined = True
+                self.nodes[machine.instance.node] = "idle"
+        for job in self.jobs.values():
+            self._advance(job)
+
+    def machine_of(self, node: str) -> Machine:
+        return next(m for m in self.machines.values() if m.instance.node == node)
+
+    def kill_machine(self, node: str, reason: str = "Server.SpotInstanceTermination") -> None:
+        machine = self.machine_of(node)
+        machine.instance = replace(machine.instance, state="terminated", reason=reason)
+
+    def alive(self) -> list[str]:
+        return [m.instance.node for m in self.machines.values() if m.instance.is_alive]
+
+    def _advance(self, job: SlurmJob) -> None:
+        node = job.request.node
+        if job.state == "PENDING" and self._free_cpus(node) >= job.request.cpus:
+            job.state, job.started = "RUNNING", self.now
+        elif (
+            job.state == "RUNNING"
+            and job.started is not None
+            and self.machine_of(node).instance.is_alive
+            and self.now >= job.started + job.walltime
+        ):
+            job.state = "COMPLETED" if job.exit_code == 0 else "FAILED"
+            job.ended = job.started + job.walltime
+
+    def _free_cpus(self, node: str) -> int:
+        if self.nodes.get(node) not in ("idle", "mixed", "allocated"):
+            return 0
+        used = sum(
+            job.request.cpus
+            for job in self.jobs.values()
+            if job.request.node == node and job.state == "RUNNING"
+        )
+        return self.machine_of(node).cpus - used
+
+    def running_on(self, node: str) -> list[SlurmJob]:
+        return [j for j in self.jobs.values() if j.request.node == node and j.state == "RUNNING"]
+
+
+class FakeCloud:
+    """`refusals` are consumed one a launch; `away` makes every call fail."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.refusals: list[LaunchOutcome] = []
+        self.away = False
+        self.launched: list[LaunchRequest] = []
+        self.terminated: list[str] = []
+        self.run = ""
+
+    def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        return [self._launch(request) for request in requests]
+
+    def _launch(self, request: LaunchRequest) -> LaunchOutcome:
+        if self.away:
+            return CloudUnavailable("away")
+        if self.refusals:
+            return self.refusals.pop(0)
+        self.launched.append(request)
+        instance_id = f"i-{len(self.world.machines):04d}"
+        instance = Instance(instance_id, request.node, self.run, "pending", request.type.name, "")
+        self.world.machines[instance_id] = Machine(instance, self.world.now, request.type.cpus)
+        return instance
+
+    def instances(self, run: str) -> list[Instance]:
+        if self.away:
+            raise CloudUnavailable("away")
+        return [machine.instance for machine in self.world.machines.values()]
+
+    def terminate(self, instance_ids: Sequence[str]) -> None:
+        assert instance_ids, "an empty list means every instance to some callers"
+        if self.away:
+            raise CloudUnavailable("away")
+        for instance_id in instance_ids:
+            machine = self.world.machines[instance_id]
+            assert not self.world.running_on(machine.instance.node) or self.allow_kill
+            machine.instance = replace(machine.instance, state="terminated")
+            self.terminated.append(instance_id)
+
+    allow_kill = False
+    """Whether a machine with a running job may be terminated in this test."""
+
+    def console(self, instance_id: str) -> str:
+        return "boot messages"
+
+
+class FakeSlurm:
+    """`refuse` names tasks that sbatch rejects; `away` makes every call fail."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.away = False
+        self.refuse: set[str] = set()
+        self.forgotten: set[str] = set()
+        self.deleted: list[str] = []
+        self.foreign: dict[str, list[str]] = {}
+        self.most_queued = 0
+
+    def check(self) -> ClusterInfo:
+        return ClusterInfo((22, 5), "head:6817", "/run/munge/munge.socket.2")
+
+    def submit(self, job: JobRequest) -> str:
+        self._answer()
+        if any(word in job.script for word in self.refuse):
+            raise SubmissionRefused("Batch job submission failed: Invalid account")
+        command = next(line for line in job.script.splitlines() if line.startswith("run "))
+        _, walltime, code = command.split()
+        slurm_id = str(len(self.world.jobs) + 1)
+        self.world.jobs[job.key] = SlurmJob(job, slurm_id, float(walltime), int(code))
+        pending = [j for j in self.world.jobs.values() if j.state == "PENDING"]
+        self.most_queued = max(self.most_queued, len(pending))
+        self.world.pass_time(0)
+        return slurm_id
+
+    def view(self, run: str) -> ClusterView:
+        self._answer()
+        jobs = {
+            key: JobStatus(
+                key, job.slurm_id, phase_of(job.state), job.state, "", job.started, job.ended
+            )
+            for key, job in self.world.jobs.items()
+            if key not in self.forgotten
+        }
+        nodes = {
+            name: NodeStatus(name, state, True, "") for name, state in self.world.nodes.items()
+        }
+        return ClusterView(jobs, nodes)
+
+    def cancel_run(self, run: str) -> None:
+        self._answer()
+        for job in self.world.jobs.values():
+            if job.state in ("PENDING", "RUNNING"):
+                job.state, job.ended = "CANCELLED", self.world.now
+
+    def foreign_jobs(self, run: str) -> dict[str, list[str]]:
+        self._answer()
+        return self.foreign
+
+    def drain(self, nodes: Iterable[str], reason: str) -> None:
+        self._answer()
+        for node in nodes:
+            busy = node in self.foreign or self.world.running_on(node)
+            self.world.nodes[node] = "draining" if busy else "drained"
+
+    def fail(self, node: str, reason: str) -> None:
+        self._answer()
+        if node in self.world.nodes:
+            self.world.nodes[node] = "down"
+        for job in self.world.running_on(node):
+            job.state, job.ended = "NODE_FAIL", self.world.now
+
+    def delete(self, node: str) -> bool:
+        self._answer()
+        if node in self.foreign:
+            return False
+        self.world.nodes.pop(node, None)
+        self.deleted.append(node)
+        return True
+
+    def _answer(self) -> None:
+        if self.away:
+            raise ClusterUnavailable("away")
+
+
+def witness(directory: Path, name: str, code: int) -> None:
+    """Writes the exit-code file a job script would have written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.exit").write_text(f"{code}\n")

@@ -1,0 +1,441 @@
+"""The broker against the fakes: what it promises about tasks, VMs and money, in virtual time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import FakeCloud, FakeSlurm, World, witness
+
+from snakemake_executor_plugin_schlouder.broker import MAX_ATTEMPTS, Broker, BrokerConfig
+from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
+from snakemake_executor_plugin_schlouder.model import (
+    Billing,
+    InstanceType,
+    Need,
+    Task,
+    TaskState,
+)
+from snakemake_executor_plugin_schlouder.provision import (
+    CloudUnavailable,
+    LaunchRefused,
+    TokenSpent,
+)
+
+SMALL = InstanceType("m5.large", 2, 8192)
+BIG = InstanceType("m5.4xlarge", 16, 65536)
+
+
+class Rig:
+    """A broker, its fake world, and everything that ended so far."""
+
+    def __init__(self, directory: Path, **changes: object) -> None:
+        self.world = World()
+        self.cloud = FakeCloud(self.world)
+        self.slurm = FakeSlurm(self.world)
+        self.journal = Journal(":memory:")
+        config = BrokerConfig(
+            run="r1",
+            workdir=directory,
+            partition="schlouder",
+            types=(SMALL, BIG),
+            max_vms=20,
+            billing=Billing(),
+            boot_timeout=100.0,
+        )
+        self.config = replace(config, **changes)  # type: ignore[arg-type]
+        self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
+        self.broker = Broker(
+            self.config,
+            self.cloud,
+            self.slurm,
+            self.journal,
+            logging.getLogger("test"),
+            clock=self.world.clock,
+            sleep=self.world.sleep,
+        )
+        self.ended: dict[str, Task] = {}
+        self.most_alive = 0
+        self.made = 0
+
+    def give(
+        self, count: int = 1, strategy: str = "one-vm-per-job", **values: object
+    ) -> list[Task]:
+        seconds, code = values.pop("seconds", 20), values.pop("code", 0)
+        tasks = []
+        for _ in range(count):
+            self.made += 1
+            task = Task(
+                key=f"r1-{self.made}",
+                name=f"task{self.made}",
+                rule="rule",
+                jobid=str(self.made),
+                strategy=strategy,
+                need=Need(1, 1000),
+                command=f"run {seconds} {code}",
+            )
+            tasks.append(replace(task, **values))  # type: ignore[arg-type]
+        self.broker.submit(tasks)
+        return tasks
+
+    def run(self, seconds: float, step: float = 1.0) -> None:
+        end = self.world.now + seconds
+        while self.world.now < end:
+            self.tick()
+            self.world.pass_time(step)
+        self.tick()
+
+    def tick(self) -> None:
+        for task in self.broker.tick():
+            assert task.key not in self.ended, "a task must be reported once"
+            self.ended[task.key] = task
+        self.most_alive = max(self.most_alive, len(self.world.alive()))
+
+    def states(self) -> list[TaskState]:
+        return [task.state for task in self.ended.values()]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def test_no_vm_starts_before_the_first_task(rig: Rig) -> None:
+    rig.run(100)
+    assert rig.cloud.launched == []
+
+
+def test_one_vm_per_job_starts_a_vm_for_every_task(rig: Rig) -> None:
+    rig.give(5)
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE] * 5
+    assert len(rig.cloud.launched) == 5
+
+
+def test_one_vm_for_all_runs_everything_on_one_vm_and_fills_its_cpus(rig: Rig) -> None:
+    rig.give(6, strategy="one-vm-for-all", seconds=20)
+    rig.run(3 * 20 + 20)
+    assert rig.states() == [TaskState.COMPLETE] * 6
+    assert len(rig.cloud.launched) == 1
+
+
+def test_strategies_do_not_take_each_others_vms(rig: Rig) -> None:
+    rig.give(2, strategy="one-vm-for-all")
+    rig.give(2, strategy="one-vm-per-job")
+    rig.run(60)
+    nodes = {key: task.vm for key, task in rig.ended.items()}
+    assert nodes["r1-1"] == nodes["r1-2"]
+    assert len(set(nodes.values())) == 3
+
+
+def test_the_cap_holds_over_all_strategies(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=3)
+    rig.give(7)
+    rig.give(3, strategy="one-vm-for-all")
+    rig.run(400)
+    assert rig.states() == [TaskState.COMPLETE] * 10
+    assert rig.most_alive <= 3
+
+
+def test_a_cap_of_one_serves_two_strategies_one_after_the_other(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    rig.give(1, strategy="one-vm-for-all")
+    rig.give(1, strategy="one-vm-per-job")
+    rig.run(200)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert rig.most_alive == 1
+
+
+def test_slurm_gets_at_most_one_task_ahead_of_each_vm(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=2)
+    rig.give(20, need=Need(2, 1000))
+    rig.run(400)
+    assert rig.states() == [TaskState.COMPLETE] * 20
+    assert rig.slurm.most_queued <= 2
+
+
+def test_an_idle_vm_is_given_back_and_its_node_deleted(rig: Rig) -> None:
+    rig.give(1, strategy="one-vm-for-all", seconds=5)
+    rig.run(20)
+    assert len(rig.world.alive()) == 1
+    rig.run(60)
+    assert rig.world.alive() == []
+    assert rig.world.nodes == {}
+
+
+def test_a_vm_that_no_job_can_use_again_goes_at_once(rig: Rig) -> None:
+    rig.give(1, seconds=5)
+    rig.run(22)
+    assert rig.world.alive() == []
+
+
+def test_with_long_units_an_idle_vm_stays_until_its_unit_is_nearly_over(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, billing=Billing(3600, 0, 50))
+    rig.give(1, strategy="one-vm-for-all", seconds=5)
+    rig.run(3500, step=10)
+    assert len(rig.world.alive()) == 1
+    rig.run(80, step=5)
+    assert rig.world.alive() == []
+
+
+def test_a_failing_job_fails_alone_with_its_exit_code(rig: Rig) -> None:
+    good, bad = rig.give(1)[0], rig.give(1, code=3)[0]
+    witness(rig.config.files, f"{bad.jobid}-rule.1", 3)
+    rig.run(60)
+    assert rig.ended[good.key].state == TaskState.COMPLETE
+    assert rig.ended[bad.key].state == TaskState.FAILED
+    assert rig.ended[bad.key].reason == "ended with exit code 3"
+
+
+def test_a_success_that_its_witness_denies_is_a_failure(rig: Rig) -> None:
+    (task,) = rig.give(1)
+    witness(rig.config.files, f"{task.jobid}-rule.1", 9)
+    rig.run(60)
+    assert rig.ended[task.key].reason == "ended with exit code 9"
+
+
+def test_a_job_that_slurm_refuses_fails_alone(rig: Rig) -> None:
+    good, bad = rig.give(2)
+    rig.slurm.refuse = {bad.name + "\n"}
+    rig.run(60)
+    assert rig.ended[good.key].state == TaskState.COMPLETE
+    assert "Invalid account" in rig.ended[bad.key].reason
+
+
+def test_a_task_too_big_for_every_type_fails_with_the_offers(rig: Rig) -> None:
+    (task,) = rig.give(1, need=Need(17, 1000))
+    rig.run(5)
+    assert "m5.4xlarge (16 cpus" in rig.ended[task.key].reason
+    assert rig.cloud.launched == []
+
+
+def test_the_one_vm_fits_every_rule_known_to_use_it(rig: Rig) -> None:
+    rig.broker.expect([("one-vm-for-all", Need(1, 100)), ("one-vm-for-all", Need(8, 100))])
+    rig.give(1, strategy="one-vm-for-all")
+    rig.run(5)
+    assert [request.type.name for request in rig.cloud.launched] == ["m5.4xlarge"]
+
+
+def test_intent_is_in_the_journal_before_the_launch(rig: Rig) -> None:
+    seen: list[tuple[str, str]] = []
+    launch = rig.cloud.launch
+
+    def spy(requests):  # type: ignore[no-untyped-def]
+        seen.extend((vm.name, vm.state) for vm in rig.journal.vms("r1"))
+        return launch(requests)
+
+    rig.cloud.launch = spy  # type: ignore[method-assign]
+    rig.give(1)
+    rig.run(2)
+    assert seen == [("schlouder-r1-1", "requested")]
+
+
+def test_a_launch_without_answer_is_repeated_with_the_same_token(rig: Rig) -> None:
+    tokens = []
+    launch = rig.cloud.launch
+
+    def spy(requests):  # type: ignore[no-untyped-def]
+        tokens.extend(request.token for request in requests)
+        return launch(requests)
+
+    rig.cloud.launch = spy  # type: ignore[method-assign]
+    rig.cloud.refusals = [CloudUnavailable("RequestLimitExceeded: slow down")]
+    rig.give(1)
+    rig.run(60)
+    assert len(tokens) == 2
+    assert len(set(tokens)) == 1
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_a_spent_token_is_replaced(rig: Rig) -> None:
+    rig.cloud.refusals = [TokenSpent("terminated")]
+    rig.give(1)
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_a_refused_launch_fails_the_tasks_with_the_cloud_s_words(rig: Rig) -> None:
+    rig.cloud.refusals = [LaunchRefused("UnauthorizedOperation: you may not")]
+    rig.give(1)
+    rig.run(5)
+    assert "UnauthorizedOperation" in next(iter(rig.ended.values())).reason
+
+
+def test_after_a_refused_launch_the_vms_there_are_take_the_work(rig: Rig) -> None:
+    rig.give(1, seconds=30)
+    rig.run(2)
+    rig.cloud.refusals = [LaunchRefused("VcpuLimitExceeded: no more")] * 2
+    rig.give(2, seconds=5)
+    rig.run(90)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+    assert len(rig.cloud.launched) == 1
+
+
+def test_a_task_whose_machine_died_runs_again_elsewhere(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=50)
+    rig.run(20)
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(120)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert rig.ended[task.key].attempt == 2
+    assert rig.world.alive() == []
+    assert rig.world.nodes == {}
+
+
+def test_a_task_is_not_run_again_before_its_lost_machine_is_terminated(rig: Rig) -> None:
+    """Fencing: the node is down for Slurm, but the machine may still write."""
+    (task,) = rig.give(1, seconds=50)
+    rig.run(20)
+    rig.cloud.allow_kill = True
+    rig.cloud.away = True
+    rig.world.nodes["schlouder-r1-1"] = "down"
+    rig.run(60)
+    assert task.attempt == 1
+    rig.cloud.away = False
+    rig.run(120)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert task.attempt == 2
+
+
+def test_a_task_that_loses_every_machine_fails_in_the_end(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=50)
+    for number in range(1, MAX_ATTEMPTS + 1):
+        rig.run(20)
+        rig.world.kill_machine(f"schlouder-r1-{number}")
+        rig.run(20)
+    rig.run(20)
+    assert rig.ended[task.key].state == TaskState.FAILED
+    assert "machine was lost" in rig.ended[task.key].reason
+    assert len(rig.cloud.launched) == MAX_ATTEMPTS
+
+
+def test_a_result_written_before_the_machine_died_counts(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=50)
+    rig.run(20)
+    witness(rig.config.files, f"{task.jobid}-rule.1", 0)
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(20)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert task.attempt == 1
+
+
+def test_a_vm_that_never_joins_is_given_up_and_after_three_no_more_are_tried(rig: Rig) -> None:
+    rig.world.never_joins = True
+    (task,) = rig.give(1)
+    rig.run(400)
+    assert rig.ended[task.key].state == TaskState.FAILED
+    assert "3 VMs in a row did not join Slurm" in rig.ended[task.key].reason
+    assert len(rig.cloud.launched) == 3
+    assert rig.world.alive() == []
+
+
+def test_nothing_is_lost_or_destroyed_while_slurm_is_away(rig: Rig) -> None:
+    rig.give(2, seconds=40)
+    rig.run(20)
+    rig.slurm.away = True
+    rig.run(600, step=5)
+    assert rig.ended == {}
+    assert len(rig.world.alive()) == 2
+    rig.slurm.away = False
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+
+
+def test_nothing_is_lost_or_destroyed_while_ec2_is_away(rig: Rig) -> None:
+    rig.give(2, seconds=40)
+    rig.run(20)
+    rig.cloud.away = True
+    rig.run(30)
+    rig.give(1, seconds=5)
+    rig.run(300, step=5)
+    rig.cloud.away = False
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+    assert rig.world.alive() == []
+
+
+def test_a_job_slurm_forgot_is_neither_success_nor_failure(rig: Rig) -> None:
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(1, seconds=30)
+    rig.run(20)
+    rig.slurm.forgotten.add(task.attempt_key)
+    rig.run(120)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert task.attempt == 2
+
+
+def test_a_job_slurm_forgot_counts_when_its_witness_tells(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=30)
+    rig.run(20)
+    rig.slurm.forgotten.add(task.attempt_key)
+    witness(rig.config.files, f"{task.jobid}-rule.1", 0)
+    rig.run(5)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+
+
+def test_stop_drops_what_slurm_has_not_got_and_lets_the_rest_end(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    rig.give(5, need=Need(2, 1000), seconds=30)
+    rig.run(20)
+    rig.broker.stop()
+    rig.run(120)
+    assert sorted(rig.states()) == [TaskState.CANCELLED] * 3 + [TaskState.COMPLETE] * 2
+    assert rig.world.alive() == []
+
+
+def test_release_gives_everything_back_whatever_state_it_is_in(rig: Rig) -> None:
+    rig.give(3, seconds=500)
+    rig.run(20)
+    rig.give(2)
+    rig.run(1)
+    rig.give(1)
+    rig.broker.release()
+    assert rig.world.alive() == []
+    assert rig.world.nodes == {}
+    rig.tick()
+    assert rig.states() == [TaskState.CANCELLED] * 6
+
+
+def test_release_twice_is_release_once(rig: Rig) -> None:
+    rig.give(2, seconds=500)
+    rig.run(20)
+    rig.broker.release()
+    terminated = list(rig.cloud.terminated)
+    rig.broker.release()
+    assert rig.cloud.terminated == terminated
+
+
+def test_release_finds_a_machine_whose_launch_was_never_answered(rig: Rig) -> None:
+    launch = rig.cloud.launch
+
+    def lose_the_reply(requests):  # type: ignore[no-untyped-def]
+        launch(requests)
+        return [CloudUnavailable("connection lost") for _ in requests]
+
+    rig.cloud.launch = lose_the_reply  # type: ignore[method-assign]
+    rig.give(1)
+    rig.run(1)
+    assert len(rig.world.alive()) == 1
+    rig.broker.release()
+    assert rig.world.alive() == []
+
+
+def test_release_ends_machines_though_slurm_is_away(rig: Rig) -> None:
+    rig.cloud.allow_kill = True
+    rig.give(2, seconds=500)
+    rig.run(20)
+    rig.slurm.away = True
+    rig.broker.release()
+    assert rig.world.alive() == []
+
+
+def test_a_vm_with_somebody_else_s_job_is_kept(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.give(1, seconds=5)
+    rig.run(12)
+    rig.slurm.foreign = {"schlouder-r1-1": ["77"]}
+    rig.run(60)
+    rig.broker.release()
+    assert rig.world.alive() == ["schlouder-r1-1"]
+    assert "Slurm job 77" in caplog.text

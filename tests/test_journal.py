@@ -1,0 +1,118 @@
+"""The journal keeps what it was told, for its owner only, and never guesses at a file it cannot read."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from snakemake_executor_plugin_schlouder import report
+from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
+from snakemake_executor_plugin_schlouder.model import (
+    VM,
+    InstanceType,
+    Need,
+    Task,
+    TaskState,
+    VMState,
+)
+
+RUN = RunRecord("r1", "/data", "host", 7, "us-east-1", "https://ec2", "one-vm-per-job", 1000.0)
+
+
+def task(number: int, **values: object) -> Task:
+    made = Task(
+        f"r1-{number}", f"search chunk={number}", "search", str(number), "s", Need(1, 1), "x"
+    )
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+def machine() -> VM:
+    return VM("node-1", "one-vm-per-job", InstanceType("m5.large", 2, 8192), "token", 1000.0)
+
+
+def test_a_journal_read_again_says_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "journal.sqlite"
+    journal = Journal(path)
+    journal.begin_run(RUN)
+    vm = machine()
+    journal.write("r1", [vm], [task(n) for n in range(12)])
+    vm.state, vm.instance_id, vm.ready = VMState.READY, "i-1", 1006.0
+    journal.write("r1", [vm], [task(3, state=TaskState.COMPLETE)])
+    journal.close()
+    again = Journal(path)
+    assert [(v.name, v.state, v.instance_id, v.ready) for v in again.vms("r1")] == [
+        ("node-1", "ready", "i-1", 1006.0)
+    ]
+    assert [t.jobid for t in again.tasks("r1")] == [str(n) for n in range(12)]
+    assert again.tasks("r1")[3].state == "complete"
+    assert again.runs() == [RUN]
+    assert again.set_aside is None
+
+
+def test_the_journal_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "journal.sqlite"
+    Journal(path).begin_run(RUN)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", [b"this is no database at all, but text " * 40, b"\0" * 4096])
+def test_a_damaged_file_is_set_aside(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(content)
+    journal = Journal(path)
+    assert journal.set_aside is not None
+    assert journal.set_aside.read_bytes() == content
+    assert journal.runs() == []
+
+
+def test_a_newer_file_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    Journal(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    assert Journal(path).set_aside is not None
+
+
+def test_a_journal_in_use_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    first = Journal(path)
+    first.begin_run(RUN)
+    second = Journal(path)
+    assert second.set_aside is None
+    assert second.runs() == [RUN]
+
+
+def test_every_workflow_directory_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert journal_path(Path("/a")) != journal_path(Path("/b"))
+    assert journal_path(Path("/a")).is_relative_to(tmp_path)
+
+
+def test_the_table_shows_each_vm_with_its_tasks_real_against_planned() -> None:
+    journal = Journal(":memory:")
+    journal.begin_run(RUN)
+    vm = machine()
+    vm.state, vm.instance_id, vm.ready, vm.ended = VMState.GONE, "i-0abc", 1006.0, 1100.0
+    done = task(
+        1, state=TaskState.COMPLETE, vm="node-1", received=1001.0, started=1007.0, ended=1049.0
+    )
+    done.planned = 70.0
+    unplanned = task(2, state=TaskState.RUNNING, vm="node-1", received=1001.0, started=1050.0)
+    journal.write("r1", [vm], [done, unplanned, task(3)])
+    text = report.as_text(report.run_report(journal, "r1"))
+    assert "i-0abc - node-1 (" in text
+    assert ") + 6 seconds" in text
+    assert "42 s / 70 s" in text
+    assert "– / –" in text  # noqa: RUF001 - what the table prints for unknown
+    assert "1 of 3 jobs complete" in text
+    assert "Not on any VM" in text
+    assert "\x1b" not in text
+    assert max(len(line) for line in text.splitlines()) <= 120

@@ -1,0 +1,141 @@
+"""Settings and per-rule resources: what is allowed, and that every error names what was wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from snakemake.cli import get_argument_parser as snakemakes_parser
+from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
+
+from snakemake_executor_plugin_schlouder import ExecutorSettings
+from snakemake_executor_plugin_schlouder.model import Billing, Need, SchlouderError
+from snakemake_executor_plugin_schlouder.settings import rule_settings, seconds, validated
+
+
+def given(**values: Any) -> ExecutorSettings:
+    return ExecutorSettings(**{"image": "ami-1", **values})
+
+
+def test_the_defaults_are_aws_billing_and_one_vm_per_job() -> None:
+    config = validated(given())
+    assert config.strategy == "one-vm-per-job"
+    assert config.billing == Billing(1, 60, 50)
+    assert config.instance_types == ("m5.large",)
+
+
+def test_lists_are_split_at_commas_and_blanks() -> None:
+    config = validated(given(instance_types="a.b, c.d", security_groups="sg-1 sg-2"))
+    assert config.instance_types == ("a.b", "c.d")
+    assert config.security_groups == ("sg-1", "sg-2")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"strategy": "cheap"},
+            "--schlouder-strategy: 'cheap' is unknown; known are one-vm-for-all",
+        ),
+        (
+            {"max_vms": 0},
+            "--schlouder-max-vms: 0 is not allowed; it must be a whole number of at least 1",
+        ),
+        ({"max_vms": -3}, "--schlouder-max-vms: -3"),
+        ({"btu": 0.0}, "--schlouder-btu: 0.0 is not allowed; it must be seconds above 0"),
+        ({"btu": -1.0}, "--schlouder-btu: -1.0"),
+        ({"btu": float("nan")}, "--schlouder-btu: nan"),
+        ({"btu": float("inf")}, "--schlouder-btu: inf"),
+        ({"min_charge": -1.0}, "--schlouder-min-charge: -1.0"),
+        ({"margin": -1.0}, "--schlouder-margin: -1.0"),
+        ({"boot_timeout": 0.0}, "--schlouder-boot-timeout: 0.0"),
+        ({"image": None}, "--schlouder-image: not given"),
+        ({"instance_types": ""}, "--schlouder-instance-types: not given"),
+        ({"partition": "a b"}, "--schlouder-partition: 'a b'"),
+        ({"munge_key_parameter": 'x"y'}, "--schlouder-munge-key-parameter:"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchlouderError) as caught:
+        validated(given(**values))
+    assert message in str(caught.value)
+
+
+def test_all_wrong_settings_are_told_at_once() -> None:
+    with pytest.raises(SchlouderError) as caught:
+        validated(given(max_vms=0, btu=0.0, strategy="x"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_resources_of_a_rule_become_its_demand() -> None:
+    resources = {"mem_mb": 500, "runtime": 2, "schlouder_walltime": "70s"}
+    rule = rule_settings("search", 2, resources, validated(given()))
+    assert rule.need == Need(2, 500)
+    assert (rule.limit, rule.planned) == (120.0, 70.0)
+    assert rule.strategy == "one-vm-per-job"
+
+
+def test_runtime_is_the_plan_where_no_walltime_is_given() -> None:
+    assert rule_settings("r", 1, {"runtime": 3}, validated(given())).planned == 180.0
+    assert rule_settings("r", 1, {}, validated(given())).planned is None
+
+
+def test_a_rule_chooses_its_own_strategy() -> None:
+    resources = {"schlouder_strategy": "one-vm-for-all"}
+    assert rule_settings("r", 1, resources, validated(given())).strategy == "one-vm-for-all"
+
+
+def test_what_snakemake_cannot_tell_yet_counts_as_not_given() -> None:
+    assert rule_settings("r", 1, {"mem_mb": "<TBD>"}, validated(given())).need == Need(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"schlouder_strategy": "x"}, "rule r: schlouder_strategy: 'x' is unknown; known are"),
+        ({"schlouder_walltime": "soon"}, "rule r: schlouder_walltime: 'soon' is no duration"),
+        ({"mem_mb": -1}, "rule r: mem_mb: -1"),
+        ({"runtime": 0}, "rule r: runtime: 0"),
+    ],
+)
+def test_a_wrong_resource_names_its_rule(resources: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchlouderError) as caught:
+        rule_settings("r", 1, resources, validated(given()))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(70, 70), ("70", 70), ("70s", 70), ("2m", 120), ("1.5h", 5400), ("1d", 86400)],
+)
+def test_durations(text: object, value: float) -> None:
+    assert seconds("x", text) == value
+
+
+def test_snakemake_finds_the_plugin_and_the_catalog_can_print_its_settings() -> None:
+    plugin = ExecutorPluginRegistry().get_plugin("schlouder")
+    assert plugin.common_settings.non_local_exec
+    names = {row["cliarg"] for row in json.loads(json.dumps(plugin.get_settings_info()))}
+    assert {"--schlouder-strategy", "--schlouder-max-vms", "--schlouder-btu"} <= names
+
+
+def test_snakemakes_parser_takes_every_setting() -> None:
+    """One annotation it cannot call would break every snakemake command on the machine."""
+    parser = snakemakes_parser()
+    plugin = ExecutorPluginRegistry().get_plugin("schlouder")
+    args = parser.parse_args(["--schlouder-max-vms", "3", "--schlouder-btu", "3600"])
+    settings = plugin.get_settings(args)
+    assert (settings.max_vms, settings.btu, settings.image) == (3, 3600.0, None)
+
+
+def test_importing_the_plugin_loads_no_sdk() -> None:
+    heavy = ["boto3", "botocore", "rich", "moto", "pyslurm"]
+    code = (
+        "import sys, snakemake_executor_plugin_schlouder;"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
