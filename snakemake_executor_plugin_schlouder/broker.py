@@ -375,6 +375,7 @@ class Broker:
     def _end(self, task: Task, state: TaskState, reason: str) -> None:
         if task.state not in TASK_ENDED:
             task.state, task.reason = state, reason
+            self._stopping |= state == TaskState.FAILED and task.ends_run
             self._ended.append(task)
             self._dirty(task)
 

@@ -36,6 +36,7 @@ from .slurm.cli import SlurmCommands
 
 _PAUSE_BUSY = 0.5
 _PAUSE_QUIET = 1.0
+_LOOK_UP = 0.05
 _LOG_LINES = 30
 
 
@@ -61,11 +62,13 @@ class Executor(RemoteExecutor):
     def __post_init__(self) -> None:
         """Checks everything that can be checked while it costs nothing. Starts no VM; with nothing to
         be done, or only local rules, it does not even look at the cloud."""
-        with _as_workflow_error():
+        try:
             self._config = validated(self.executor_settings)
             jobs = self._jobs_ahead()
             if jobs:
                 self._open(jobs)
+        except SchlouderError as error:
+            raise WorkflowError(str(error)) from error
 
     # -- Snakemake hands jobs over
 
@@ -110,7 +113,9 @@ class Executor(RemoteExecutor):
     async def sleep(self) -> None:
         """Short, and ended at once by new jobs or by the end of the run."""
         busy = self._broker is not None and self._broker.is_busy
-        await asyncio.to_thread(self._wake.wait, _PAUSE_BUSY if busy else _PAUSE_QUIET)
+        end = time.monotonic() + (_PAUSE_BUSY if busy else _PAUSE_QUIET)
+        while time.monotonic() < end and not self._wake.is_set():
+            await asyncio.sleep(_LOOK_UP)
         self._wake.clear()
 
     # -- Snakemake ends
@@ -139,8 +144,10 @@ class Executor(RemoteExecutor):
 
     def _opened(self, jobs: list[JobExecutorInterface]) -> Broker:
         if self._broker is None:
-            with _as_workflow_error():
+            try:
                 self._open([job for job in jobs if not job.is_group()])
+            except SchlouderError as error:
+                raise WorkflowError(str(error)) from error
         assert self._broker is not None
         return self._broker
 
@@ -236,6 +243,7 @@ class Executor(RemoteExecutor):
             strategy=settings.strategy,
             need=settings.need,
             command=self.format_job_exec(job),
+            ends_run=self._ends_run(job),
             limit=settings.limit,
             planned=settings.planned,
         )
@@ -285,11 +293,9 @@ class Executor(RemoteExecutor):
         )
         if info.job.is_group():
             self.logger.error(f"Group job {task.name} {where}{task.reason}.\n{_tail(log)}")
-        if self._is_final(info.job):
-            self._broker.stop()
 
-    def _is_final(self, job: Any) -> bool:
-        """Whether this failure ends the workflow: no retry is left and --keep-going was not given."""
+    def _ends_run(self, job: Any) -> bool:
+        """Whether a failure of this attempt ends the workflow: no retry left and no --keep-going."""
         retried = getattr(job, "restart_times", 0) > job.attempt - 1
         settings = getattr(self.workflow, "execution_settings", None)
         return not retried and not getattr(settings, "keep_going", False)
@@ -351,15 +357,6 @@ def _tail(log: Path) -> str:
         return f"    (no log at {log})\n"
     shown = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
     return f"Last lines of {log}:\n{shown}\n"
-
-
-@contextmanager
-def _as_workflow_error() -> Iterator[None]:
-    """Snakemake shows a WorkflowError as its message alone, without a trace."""
-    try:
-        yield
-    except SchlouderError as error:
-        raise WorkflowError(str(error)) from error
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Task:
 
     `limit` is the rule's `runtime` in seconds, `planned` what it is expected to take
     (`schlouder_walltime`, else `runtime`), `attempt` counts the submissions to Slurm. `started` and
-    `ended` are Slurm's times of the last attempt.
+    `ended` are Slurm's times of the last attempt. The failure of a task with `ends_run` ends the run.
     """
 
     key: str
@@ -122,6 +122,7 @@ class Task:
     strategy: str
     need: Need
     command: str
+    ends_run: bool = False
     limit: float | None = None
     planned: float | None = None
     state: TaskState = TaskState.PENDING

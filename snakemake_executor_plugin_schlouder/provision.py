@@ -276,7 +276,7 @@ def connect(settings: Ec2Settings, join: Join, owner: str, run: str) -> Ec2Cloud
     from botocore.config import Config
 
     session = boto3.Session(region_name=settings.region or None)
-    if session.region_name is None:
+    if not session.region_name:
         raise SchlouderError(
             "--schlouder-region: no AWS region; give it, or set AWS_DEFAULT_REGION "
             "or a region in ~/.aws/config"

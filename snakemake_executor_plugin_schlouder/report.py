@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .journal import Journal, RunRecord, TaskRecord, VMRecord
-from .model import VMState
+from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
+from .model import SchlouderError, VMState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,6 +17,22 @@ NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknow
 
 NARROWEST = 100
 """Columns a table takes when the output is no terminal, and at least."""
+
+
+def show(directory: Path, run: str | None) -> None:
+    """Prints the report of one run in `directory`, the newest if `run` is None."""
+    from rich.console import Console
+
+    path = journal_path(directory)
+    if not path.exists():
+        raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
+    journal = Journal(path)
+    known = [record.run for record in journal.runs()]
+    if not known:
+        raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
+    if run is not None and run not in known:
+        raise SchlouderError(f"--run: {run!r} is unknown here; known are {', '.join(known)}")
+    Console(width=_width()).print(run_report(journal, run or known[-1]))
 
 
 def run_report(journal: Journal, run: str) -> RenderableType:
@@ -40,11 +57,14 @@ def as_text(renderable: RenderableType) -> str:
     """The renderable as plain text, as wide as the terminal, or NARROWEST columns."""
     from rich.console import Console
 
-    width = max(NARROWEST, shutil.get_terminal_size((NARROWEST, 24)).columns)
-    console = Console(width=width, color_system=None, force_terminal=False)
+    console = Console(width=_width(), color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get().rstrip()
+
+
+def _width() -> int:
+    return max(NARROWEST, shutil.get_terminal_size((NARROWEST, 24)).columns)
 
 
 def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> str:

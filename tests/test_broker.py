@@ -233,7 +233,7 @@ def test_intent_is_in_the_journal_before_the_launch(rig: Rig) -> None:
 
 
 def test_a_launch_without_answer_is_repeated_with_the_same_token(rig: Rig) -> None:
-    tokens = []
+    tokens: list[str] = []
     launch = rig.cloud.launch
 
     def spy(requests):  # type: ignore[no-untyped-def]

@@ -172,7 +172,7 @@ def test_a_fit_slurm_passes_its_check(path: Path) -> None:
 def test_an_unknown_partition_comes_with_the_lines_that_make_it(path: Path) -> None:
     commands(path, scontrol=scontrol(partition=1))
     with pytest.raises(
-        ClusterUnfit, match="--schlouder-partition.*PartitionName=cloud Nodes=cloud"
+        ClusterUnfit, match=r"--schlouder-partition.*PartitionName=cloud Nodes=cloud"
     ):
         SlurmCommands("cloud").check()
 

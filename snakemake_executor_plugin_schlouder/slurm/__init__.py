@@ -5,7 +5,7 @@ One adapter so far: `cli.py`, over Slurm's command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -110,8 +110,6 @@ class Cluster(Protocol):
     def cancel_run(self, run: str) -> None:
         """Cancels every job named `run`."""
         ...
-
-    def cancel(self, slurm_ids: Sequence[str]) -> None: ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         """Node name -> ids of jobs there that are not of `run`."""

@@ -30,7 +30,6 @@ DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
 
-_CANCEL_BATCH = 500
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
 _TRANSIENT_SUBMIT = (
     *_UNREACHABLE,
@@ -190,10 +189,6 @@ class SlurmCommands:
 
     def cancel_run(self, run: str) -> None:
         self._read(["scancel", f"--name={run}"])
-
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        for start in range(0, len(slurm_ids), _CANCEL_BATCH):
-            self._read(["scancel", *slurm_ids[start : start + _CANCEL_BATCH]])
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         listed = self._read(
