@@ -1,0 +1,28 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from snakemake_executor_plugin_schlouder.localcloud import (
+    LocalCloud,
+    LocalCloudError,
+    Options,
+    check_machine,
+)
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
+    """A running embedded cloud whose VMs boot without delay and share pytest's temporary directories."""
+    try:
+        check_machine()
+    except LocalCloudError as error:
+        pytest.skip(str(error))
+    shared = tmp_path_factory.getbasetemp()
+    options = Options(name=f"pytest-{os.getpid()}", boot_seconds=(0.0, 0.0), share=[shared])
+    with LocalCloud.up(options, attached=True) as running:
+        yield running

@@ -1,0 +1,202 @@
+"""The EC2 adapter: user data and tokens as plain data, the rest against the embedded cloud's endpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+from workflows import wait_for
+
+from snakemake_executor_plugin_schlouder import provision
+from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.model import InstanceType, SchlouderError
+from snakemake_executor_plugin_schlouder.provision import (
+    CloudUnavailable,
+    Ec2Cloud,
+    Ec2Settings,
+    Instance,
+    Join,
+    LaunchRefused,
+    LaunchRequest,
+    TokenSpent,
+    client_token,
+    connect,
+    instance_types,
+    node_configuration,
+    user_data,
+)
+
+JOIN = Join("head:6817", "/run/munge/munge.socket.2", "/schlouder/munge-key")
+KIND = InstanceType("m5.large", 2, 8192)
+
+
+def test_every_change_of_a_launch_changes_its_token() -> None:
+    tokens = {
+        client_token("r", "n", "t", 1),
+        client_token("r2", "n", "t", 1),
+        client_token("r", "n2", "t", 1),
+        client_token("r", "n", "t2", 1),
+        client_token("r", "n", "t", 2),
+    }
+    assert len(tokens) == 5
+    assert all(len(token) <= 64 and token.isascii() for token in tokens)
+    assert client_token("r", "n", "t", 1) in tokens
+
+
+def test_a_node_declares_nine_tenths_of_its_memory() -> None:
+    assert node_configuration(KIND) == "CPUs=2 RealMemory=7372 Feature=schlouder,m5.large"
+
+
+def test_user_data_is_a_script_in_which_every_value_is_quoted() -> None:
+    join = Join("it's; rm -rf $HOME", "/run/s", "/key")
+    script = user_data(join, "eu-west-1", "https://ssm", "node-1", KIND)
+    assert script.startswith("#!/bin/sh\n")
+    assignments = script.split("\n\n")[0].split("# Joins")[0]
+    shown = subprocess.run(
+        ["sh"],
+        input=assignments + '\nprintf %s "$SCHLOUDER_CONTROLLER|$SCHLOUDER_NODE_CONF"',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == "it's; rm -rf $HOME|CPUs=2 RealMemory=7372 Feature=schlouder,m5.large"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("InsufficientInstanceCapacity", CloudUnavailable),
+        ("RequestLimitExceeded", CloudUnavailable),
+        ("VcpuLimitExceeded", LaunchRefused),
+        ("UnauthorizedOperation", LaunchRefused),
+        ("IdempotentInstanceTerminated", TokenSpent),
+    ],
+)
+def test_errors_of_a_launch_are_told_apart_by_their_code(code: str, kind: type) -> None:
+    """RunInstances itself is replaced by one that fails, as EC2 does and the endpoint here does not."""
+
+    class Launcher:
+        def run_instances(self, **_parameters: object) -> object:
+            raise ClientError({"Error": {"Code": code, "Message": "because"}}, "RunInstances")
+
+    cloud = Ec2Cloud(None, Launcher(), Ec2Settings("r", "ami"), "o", "r", lambda *_: "")  # type: ignore[arg-type]
+    (outcome,) = cloud.launch([LaunchRequest("n", "t", KIND, 0)])
+    assert isinstance(outcome, kind)
+    assert "because" in str(outcome)
+
+
+@pytest.fixture
+def settings(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Ec2Settings:
+    """The embedded cloud's settings, with its environment set for boto3."""
+    environment = cloud.environment()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = {name.removeprefix("SNAKEMAKE_SCHLOUDER_"): v for name, v in environment.items()}
+    return Ec2Settings(
+        "us-east-1",
+        given["IMAGE"],
+        given["SUBNET"],
+        (given["SECURITY_GROUPS"],),
+        instance_profile=given["INSTANCE_PROFILE"],
+    )
+
+
+@pytest.fixture
+def ec2(settings: Ec2Settings) -> Iterator[Ec2Cloud]:
+    """An adapter for one run of its own; its machines are terminated in the end."""
+    run = f"test{time.monotonic_ns()}"
+    adapter = connect(settings, JOIN, "me@here", run)
+    adapter.test_run = run  # type: ignore[attr-defined]
+    yield adapter
+    alive = [instance.id for instance in adapter.instances(run) if instance.is_alive]
+    if alive:
+        adapter.terminate(alive)
+
+
+def run_of(ec2: Ec2Cloud) -> str:
+    return str(ec2.test_run)  # type: ignore[attr-defined]
+
+
+def request(ec2: Ec2Cloud, number: int) -> LaunchRequest:
+    node = f"{run_of(ec2)}-{number}"
+    return LaunchRequest(node, client_token(run_of(ec2), node, "m5.large", 1), KIND, 1000.0)
+
+
+def launched(ec2: Ec2Cloud, number: int) -> Instance:
+    (outcome,) = ec2.launch([request(ec2, number)])
+    assert isinstance(outcome, Instance)
+    return outcome
+
+
+@pytest.mark.integration
+def test_a_launch_carries_its_tags(ec2: Ec2Cloud) -> None:
+    instance = launched(ec2, 1)
+    reply = boto3.client("ec2").describe_instances(InstanceIds=[instance.id])
+    (described,) = reply["Reservations"][0]["Instances"]
+    tags = {tag["Key"]: tag["Value"] for tag in described["Tags"]}
+    assert tags["schlouder:run"] == run_of(ec2)
+    assert tags["schlouder:owner"] == "me@here"
+    assert tags["schlouder:node"] == tags["Name"] == f"{run_of(ec2)}-1"
+    assert tags["schlouder:created"] == "1000"
+
+
+@pytest.mark.integration
+def test_the_same_token_starts_one_machine(ec2: Ec2Cloud) -> None:
+    first, second = launched(ec2, 1), launched(ec2, 1)
+    assert first.id == second.id
+    assert len(ec2.instances(run_of(ec2))) == 1
+
+
+@pytest.mark.integration
+def test_describe_reads_every_page_and_reservation(
+    ec2: Ec2Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provision, "_DESCRIBE_FILTER_LIMIT", 5)
+    ids = {launched(ec2, number).id for number in range(7)}
+    assert {instance.id for instance in ec2.instances(run_of(ec2))} == ids
+
+
+@pytest.mark.integration
+def test_terminate_ends_what_there_is_though_one_id_is_unknown(ec2: Ec2Cloud) -> None:
+    instance = launched(ec2, 1)
+    ec2.terminate([instance.id, "i-00000000000000000"])
+    wait_for(
+        lambda: [i.state for i in ec2.instances(run_of(ec2))] == ["terminated"],
+        lambda: f"{ec2.instances(run_of(ec2))}",
+    )
+    (outcome,) = ec2.launch([request(ec2, 1)])
+    assert isinstance(outcome, TokenSpent)
+
+
+@pytest.mark.integration
+def test_terminating_nothing_asks_nothing(ec2: Ec2Cloud) -> None:
+    instance = launched(ec2, 1)
+    ec2.terminate([])
+    assert [i.id for i in ec2.instances(run_of(ec2)) if i.is_alive] == [instance.id]
+
+
+@pytest.mark.integration
+def test_types_are_described_in_the_order_given(settings: Ec2Settings) -> None:
+    found = instance_types("us-east-1", ["m5.4xlarge", "t3.micro"])
+    assert found == [InstanceType("m5.4xlarge", 16, 65536), InstanceType("t3.micro", 2, 1024)]
+
+
+@pytest.mark.integration
+def test_an_unreachable_endpoint_is_no_empty_answer(
+    settings: Ec2Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    client = boto3.client("ec2")
+    cut = Ec2Cloud(client, client, settings, "o", "r", lambda *_: "")
+    with pytest.raises(CloudUnavailable):
+        cut.instances("r")
+    with pytest.raises(CloudUnavailable):
+        cut.terminate(["i-1"])
+    assert isinstance(cut.launch([LaunchRequest("n", "t", KIND, 0)])[0], CloudUnavailable)
+    with pytest.raises(SchlouderError, match="EC2 cannot be reached"):
+        connect(settings, JOIN, "o", "r")

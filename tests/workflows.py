@@ -1,0 +1,123 @@
+"""Runs Snakemake as a user does, on an embedded cloud, and looks at what it left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+
+PATIENCE = 60.0
+
+
+@dataclass
+class Site:
+    """One workflow directory on one embedded cloud. `environment` is that of the user's shell."""
+
+    cloud: LocalCloud
+    directory: Path
+    environment: dict[str, str]
+
+    @classmethod
+    def make(cls, cloud: LocalCloud, directory: Path, snakefile: str = "") -> Site:
+        (directory / "Snakefile").write_text(snakefile)
+        state = {"XDG_STATE_HOME": str(directory / "state")}
+        return cls(cloud, directory, {**os.environ, **cloud.environment(), **state})
+
+    def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
+        """Snakemake in a process group of its own, as a terminal would start it."""
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "snakemake",
+                "--executor",
+                "schlouder",
+                "--jobs",
+                "50",
+                *options,
+            ],
+            cwd=self.directory,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
+
+    def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*options, **environment)
+        output, _ = process.communicate(timeout=3 * PATIENCE)
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def ec2(self) -> Any:
+        access = self.cloud.environment()
+        return boto3.client(
+            "ec2",
+            endpoint_url=access["AWS_ENDPOINT_URL"],
+            region_name=access["AWS_DEFAULT_REGION"],
+            aws_access_key_id=access["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=access["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def instances(self) -> list[Mapping[str, Any]]:
+        pages = self.ec2().get_paginator("describe_instances").paginate()
+        return [
+            instance
+            for page in pages
+            for reservation in page["Reservations"]
+            for instance in reservation["Instances"]
+        ]
+
+    def alive(self) -> list[str]:
+        return [i["InstanceId"] for i in self.instances() if i["State"]["Name"] != "terminated"]
+
+    def slurm(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    def remains(self) -> dict[str, Any]:
+        """Everything of VMs that is still there: instances, nodes, unfinished jobs, processes, links."""
+        found = {
+            "instances": self.alive(),
+            "nodes": self.slurm("sinfo", "--Node", "--noheader", "--format=%N %T").split("\n")[:-1],
+            "jobs": self.slurm("squeue", "--noheader", "--format=%i %T").split("\n")[:-1],
+            "processes": vm_processes(self.cloud),
+        }
+        return {kind: left for kind, left in found.items() if left}
+
+    def assert_nothing_left(self) -> None:
+        """Within the seconds a machine takes to end."""
+        wait_for(lambda: not self.remains(), lambda: f"left behind: {self.remains()}", seconds=15)
+
+
+def vm_processes(cloud: LocalCloud) -> list[str]:
+    """Command lines of the first processes of this cloud's VMs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "vm_init.py" in line and str(cloud.folder) in line:
+            found.append(line)
+    return found
+
+
+def wait_for(
+    condition: Callable[[], bool], why: Callable[[], str], seconds: float = PATIENCE
+) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, why()
+        time.sleep(0.1)
