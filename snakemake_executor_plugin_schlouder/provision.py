@@ -1,6 +1,6 @@
 """The port `Cloud`, and `Ec2Cloud`, its adapter over boto3.
 
-Source of the rules by number (R1-R23): the failure lessons of elastic Slurm clusters in docs/design.md.
+Source of the rules by number (R2, R3 ...): the failures of other elastic clusters, docs/design.md.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> s
     uptime = sum((vm.ended or end) - vm.requested for vm in started)
     return (
         f"schlouder run {run.run} of {_stamp(run.started)}: {complete} of {len(tasks)} jobs complete "
-        f"in {end - run.started:.0f} s, {len(started)} VMs, {uptime:.0f} VM seconds"
+        f"in {end - run.started:.0f} s, {_count(started, "VM")}, {uptime:.0f} VM seconds"
     )
 
 
@@ -108,6 +108,10 @@ def _task_table(tasks: list[TaskRecord]) -> RenderableType:
             f"{_clock(task.ended)} / {_clock(_planned_end(task))}",
         )
     return table
+
+
+def _count(things: list[VMRecord], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _duration(task: TaskRecord) -> float | None:
