@@ -74,7 +74,7 @@ def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> s
     uptime = sum((vm.ended or end) - vm.requested for vm in started)
     return (
         f"schlouder run {run.run} of {_stamp(run.started)}: {complete} of {len(tasks)} jobs complete "
-        f"in {end - run.started:.0f} s, {_count(started, "VM")}, {uptime:.0f} VM seconds"
+        f"in {end - run.started:.0f} s, {_count(started, 'VM')}, {uptime:.0f} VM seconds"
     )
 
 
