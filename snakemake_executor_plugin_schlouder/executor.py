@@ -179,7 +179,8 @@ class Executor(RemoteExecutor):
         )
         self._broker.expect((settings.strategy, settings.need) for _, settings in rules)
         atexit.register(self._give_back)
-        self._stop_on_sigterm()
+        self._handle_signals()
+        self._warn_of_few_jobs(len(jobs))
 
     def _open_journal(self, region: str, endpoint: str) -> Journal:
         path = journal_path(self._workdir)
@@ -248,8 +249,18 @@ class Executor(RemoteExecutor):
             planned=settings.planned,
         )
 
-    def _stop_on_sigterm(self) -> None:
-        """Snakemake itself only waits on SIGTERM; meanwhile nothing new must be started."""
+    def _warn_of_few_jobs(self, ahead: int) -> None:
+        """Strategies see only what Snakemake hands over at a time."""
+        limit = getattr(self.workflow.resource_settings, "nodes", None)
+        if limit is not None and limit < min(ahead, self._config.max_vms):
+            self.logger.warning(
+                f"--jobs {limit} lets schlouder see {limit} of {ahead} jobs at a time; "
+                "with a larger --jobs (1000, say) it can plan, and --schlouder-max-vms still holds."
+            )
+
+    def _handle_signals(self) -> None:
+        """Snakemake itself only waits on SIGTERM; meanwhile nothing new must be started. A closed
+        terminal (SIGHUP, unless it is ignored as under nohup) counts as Ctrl-C, or the VMs would stay."""
         if threading.current_thread() is not threading.main_thread():
             return
         broker, snakemakes = self._broker, signal.getsignal(signal.SIGTERM)
@@ -261,6 +272,8 @@ class Executor(RemoteExecutor):
                 snakemakes(number, frame)
 
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
 
     # -- results
 

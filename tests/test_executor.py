@@ -220,6 +220,15 @@ def test_ctrl_c_gives_everything_back(site: Site) -> None:
     assert "0 of 4 jobs complete" in output
 
 
+def test_a_closed_terminal_gives_everything_back(site: Site) -> None:
+    process = start_long_jobs(site, 600)
+    os.killpg(process.pid, signal.SIGHUP)
+    output = finish(process)
+    assert process.returncode != 0
+    site.assert_nothing_left()
+    assert "0 of 4 jobs complete" in output
+
+
 def test_a_second_ctrl_c_does_not_stop_the_giving_back(site: Site) -> None:
     process = start_long_jobs(site, 600)
     for _ in range(3):
@@ -265,7 +274,7 @@ rule one:
     shell: "touch started-{wildcards.i}; sleep 3; exit 1"
 """,
     )
-    done = site.run("--schlouder-max-vms", "1")
+    done = site.run("--schlouder-max-vms", "1", "--jobs", "1000")
     assert done.returncode == 1
     assert len(started(site)) <= 2
     assert "jobs were not started, because the run is ending" in done.stdout
@@ -334,6 +343,13 @@ def test_a_rule_with_too_many_threads_is_refused(site: Site) -> None:
     done = site.run("--config", "seconds=1")
     assert done.returncode == 1
     assert "rule one needs 64 cpus" in done.stdout
+
+
+def test_a_small_number_of_jobs_is_warned_about(site: Site) -> None:
+    write(site, LONG_JOBS)
+    done = site.run("--config", "seconds=0", "--jobs", "1")
+    assert done.returncode == 0
+    assert "--jobs 1 lets schlouder see 1 of 4 jobs at a time" in done.stdout
 
 
 def test_without_sbatch_it_says_what_to_install(site: Site, tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""The `schlouder` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for an error told in one line, or that of the command of `local run`."""
+    words = sys.argv[1:] if argv is None else argv
+    split = words.index("--") if "--" in words else len(words)
+    arguments = _parser().parse_args(words[:split])
+    arguments.command = words[split + 1 :]
+    return int(arguments.action(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="schlouder", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True)
+    _add_status(commands)
+    _add_local(commands)
+    return parser
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser("status", help="show the VMs of a run and what ran on each")
+    status.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="the directory in which snakemake was run (default: the current one)",
+    )
+    status.add_argument("--run", metavar="RUN", help="which run (default: the newest)")
+    status.set_defaults(action=_status)
+
+
+def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    local = commands.add_parser(
+        "local",
+        help="a cloud on this machine",
+        description="EC2, its VMs and a Slurm controller on this machine. Needs root, Slurm and munge.",
+    )
+    subcommands = local.add_subparsers(title="commands", required=True)
+
+    up = subcommands.add_parser("up", help="start the cloud; prints what to set in the environment")
+    _add_options(up)
+    up.set_defaults(action=_local_up)
+
+    run = subcommands.add_parser(
+        "run",
+        help="run a command in a cloud of its own",
+        usage="schlouder local run [options] -- COMMAND [ARGUMENT ...]",
+    )
+    _add_options(run)
+    run.set_defaults(action=_local_run)
+
+    status = subcommands.add_parser("status", help="list the clouds of this machine")
+    status.add_argument("--name", help="print what to set in the environment to use this one")
+    status.set_defaults(action=_local_status)
+
+    down = subcommands.add_parser("down", help="end a cloud and everything that runs in it")
+    which = down.add_mutually_exclusive_group()
+    which.add_argument("--name", default="default", help="default: %(default)s")
+    which.add_argument("--all", action="store_true", help="all clouds of this machine")
+    down.set_defaults(action=_local_down)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="tells clouds of one machine apart")
+    parser.add_argument(
+        "--boot-seconds",
+        default="5",
+        metavar="SECONDS",
+        help="how long a VM takes to boot: a number, or a range such as 3-8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="directories that the VMs share with this machine "
+        "(default: the current directory and your home)",
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder import report
+    from snakemake_executor_plugin_schlouder.model import SchlouderError
+
+    try:
+        report.show(arguments.directory, arguments.run)
+    except SchlouderError as error:
+        return _fail(error)
+    return 0
+
+
+def _local_up(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, LocalCloudError, Options
+
+    try:
+        seconds = Options.parse_seconds(arguments.boot_seconds)
+        cloud = LocalCloud.up(Options(arguments.name or "default", seconds, arguments.share))
+    except LocalCloudError as error:
+        return _fail(error)
+    print(f"The cloud {cloud.name!r} is up; its logs are in {cloud.folder}.", file=sys.stderr)
+    _print_exports(cloud.environment())
+    return 0
+
+
+def _local_run(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloudError, Options
+    from snakemake_executor_plugin_schlouder.localcloud.run import run
+
+    try:
+        if not arguments.command:
+            raise LocalCloudError("give the command to run after --")
+        seconds = Options.parse_seconds(arguments.boot_seconds)
+        name = arguments.name or f"run-{os.getpid()}"
+        return run(Options(name, seconds, arguments.share), arguments.command)
+    except LocalCloudError as error:
+        return _fail(error)
+
+
+def _local_status(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+
+    if arguments.name is None:
+        for cloud in LocalCloud.all():
+            print(f"{cloud.name}  {cloud.endpoint}  {cloud.folder}")
+        return 0
+    found = LocalCloud.find(arguments.name)
+    if found is None:
+        return _fail(f"no cloud {arguments.name!r} is up")
+    _print_exports(found.environment())
+    return 0
+
+
+def _local_down(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloudError, down
+
+    try:
+        ended = down(None if arguments.all else arguments.name)
+    except LocalCloudError as error:
+        return _fail(error)
+    print(f"ended: {', '.join(ended)}" if ended else "nothing is up")
+    return 0
+
+
+def _print_exports(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def _fail(error: object) -> int:
+    print(f"schlouder: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
