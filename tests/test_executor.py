@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import snakemake.common.tests
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
-from workflows import Site, wait_for
+from workflows import Site, as_nobody, wait_for
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.slurm import ClusterUnfit
+from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
 pytestmark = pytest.mark.integration
 
@@ -376,18 +378,16 @@ def test_a_silent_slurmctld_is_told(site: Site, tmp_path: Path) -> None:
 
 def test_without_the_right_to_delete_nodes_it_says_so(site: Site) -> None:
     """Slurm itself is asked, as a user who is no operator."""
-    code = (
-        "from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands;"
-        "SlurmCommands('schlouder').check()"
-    )
-    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    package = Path(__file__).parents[1]
-    done = subprocess.run(
-        [*nobody, sys.executable, "-c", code],
-        env={**site.environment, "PYTHONPATH": str(package)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "no right to update and delete nodes" in done.stderr
+
+    def check() -> int:
+        os.environ.update(site.environment)
+        try:
+            SlurmCommands("schlouder").check()
+        except ClusterUnfit as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+
+    code, said = as_nobody(check)
+    assert code == 1
+    assert "no right to update and delete nodes" in said

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from workflows import as_nobody
 
 import snakemake_executor_plugin_schlouder
 from snakemake_executor_plugin_schlouder import cli
@@ -543,24 +544,3 @@ class TestMessages:
     def test_nothing_to_end_is_no_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["local", "down", "--name", "nobody-made-this"]) == 0
         assert capsys.readouterr().out == "nothing is up\n"
-
-
-def as_nobody(function: Callable[[], int]) -> tuple[int, str]:
-    """Calls `function` in a child process without privileges; returns its value and what it said as an error.
-
-    A fork and not a new interpreter, because that may be installed where nobody may read it.
-    """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(writer, 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setresgid(65534, 65534, 65534)
-            os.setresuid(65534, 65534, 65534)
-        os._exit(function())
-    os.close(writer)
-    with os.fdopen(reader) as said:
-        text = said.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
