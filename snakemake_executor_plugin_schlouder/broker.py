@@ -7,6 +7,7 @@ writes to the journal what it is about to do.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import statistics
 import threading
 import time
@@ -50,7 +51,7 @@ from .slurm.script import exit_code, job_script
 from .slurm.states import JobPhase, sentence_of
 
 MAX_ATTEMPTS = 3
-"""Times a task is given to Slurm when it is the machine that fails."""
+"""Machines a task may lose before it counts as failed."""
 
 MAX_BOOT_FAILURES = 3
 """Boots in a row that may fail before nothing more is launched (R15)."""
@@ -131,11 +132,14 @@ class Broker:
         self._boot_failures = 0
         self._refusal = ""
         self._stopping = False
+        self._releasing = False
+        self._released = False
         self._vm_count = 0
         self._described = 0.0
         self._ended: list[Task] = []
         self._dirty_vms: dict[str, VM] = {}
         self._dirty_tasks: dict[str, Task] = {}
+        self._events: list[tuple[float, str, str]] = []
         self._told: set[str] = set()
 
     # -- what the executor calls
@@ -174,8 +178,9 @@ class Broker:
                 self._drop_unsubmitted()
             self._place_all()
             self._launch_planned()
-            self._submit_ready()
-            self._retire_idle()
+            if view is not None:
+                self._submit_ready()
+                self._retire_idle()
             self._flush()
             ended, self._ended = self._ended, []
             return ended
@@ -198,19 +203,20 @@ class Broker:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
         confirmed it, or says what it could not do.
 
-        A VM on which somebody else's job runs is kept: nothing of others is ever killed.
+        A VM on which somebody else's job runs is kept: nothing of others is ever killed. A journal
+        that cannot be written keeps no VM alive.
         """
-        self._stopping = True
+        self._stopping = self._releasing = True
         with self._lock:
             left = [vm for vm in self._vms.values() if not vm.is_settled]
-            if not left:
+            if self._released or not self._vms:
                 return
             self._drop_unsubmitted()
             foreign = self._clear_slurm()
             self._give_up_submitted()
             doomed = [vm for vm in left if vm.name not in foreign]
             self._terminate_all(doomed)
-            self._await_end(doomed)
+            self._released = self._await_end(doomed)
             self._flush()
             for vm in left:
                 if not vm.ending and vm.state != VMState.GONE:
@@ -242,18 +248,27 @@ class Broker:
         if started and self._clock() - self._described >= pause:
             self._describe()
 
-    def _describe(self) -> bool:
-        """Brings the VMs up to what the cloud says; False if it says nothing."""
+    def _describe(self) -> None:
+        """Brings the VMs up to what the cloud says; changes nothing if it says nothing."""
         self._described = self._clock()
         try:
             listed = {instance.id: instance for instance in self._cloud.instances(self._config.run)}
         except CloudUnavailable as error:
             self._tell(f"EC2 does not answer, waiting for it: {error}", logging.WARNING)
-            return False
+            return
         for vm in list(self._vms.values()):
             if vm.instance_id is not None and vm.state != VMState.GONE:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
-        return True
+        self._end_orphans(listed.values())
+
+    def _end_orphans(self, listed: Iterable[Instance]) -> None:
+        """Machines of this run that are no VM's: their launch was given up before its reply came."""
+        gone = {vm.name for vm in self._vms.values() if vm.state == VMState.GONE}
+        orphans = [
+            instance.id for instance in listed if instance.is_alive and instance.node in gone
+        ]
+        if orphans:
+            self._try_cloud(lambda: self._cloud.terminate(orphans))
 
     def _update_from_cloud(self, vm: VM, instance: Instance | None) -> None:
         if instance is None:
@@ -319,6 +334,17 @@ class Broker:
             else:
                 self._absent_jobs.pop(key, None)
                 self._update_task(task, status)
+        self._cancel_strays(view)
+
+    def _cancel_strays(self, view: ClusterView) -> None:
+        """Submissions that were given up, because no reply came, and arrived all the same."""
+        strays = [
+            status.slurm_id
+            for key, status in view.jobs.items()
+            if key not in self._submitted and status.phase in (JobPhase.WAITING, JobPhase.RUNNING)
+        ]
+        if strays:
+            self._try_cluster(lambda: self._cluster.cancel(strays))
 
     def _update_task(self, task: Task, status: JobStatus) -> None:
         task.slurm_id = status.slurm_id
@@ -342,11 +368,11 @@ class Broker:
         if code is not None:
             task.ended = self._clock()
             self._judge(task, code)
-        elif task.slurm_id is None:
-            self._unsubmit(key, task)
         else:
             seen = self._absent_jobs[key] = self._absent_jobs.get(key, 0) + 1
-            if seen >= _ABSENT_VIEWS:
+            if seen >= _ABSENT_VIEWS and task.slurm_id is None:
+                self._unsubmit(key, task)
+            elif seen >= _ABSENT_VIEWS:
                 self._lost(self._vm_of(task), f"Slurm job {task.slurm_id} vanished")
 
     def _judge(self, task: Task, code: int) -> None:
@@ -382,6 +408,7 @@ class Broker:
     def _unsubmit(self, key: str, task: Task) -> None:
         """A submission whose reply was lost and which Slurm does not have: it is planned again."""
         del self._submitted[key]
+        self._absent_jobs.pop(key, None)
         vm = self._vm_of(task)
         vm.active.pop(task.key, None)
         task.state = TaskState.SCHEDULED
@@ -452,11 +479,12 @@ class Broker:
         if code is not None:
             task.ended = vm.ended
             self._judge(task, code)
-        elif task.attempt >= MAX_ATTEMPTS or self._stopping:
+        elif task.losses + 1 >= MAX_ATTEMPTS or self._stopping:
             self._finish(task, TaskState.FAILED, f"its machine was lost ({vm.reason})")
         else:
             self._submitted.pop(task.attempt_key, None)
             vm.active.pop(task.key, None)
+            task.losses += 1
             task.state, task.vm, task.slurm_id, task.started = TaskState.PENDING, None, None, None
             self._waiting.insert(0, task)
             self._dirty(task)
@@ -590,19 +618,23 @@ class Broker:
         for vm in [vm for vm in self._vms.values() if vm.state == VMState.PLANNED]:
             if self._stopping or not vm.queue:
                 self._close(vm)
-        due = [
-            vm for vm in self._vms.values() if vm.state == VMState.PLANNED and vm.retry_at <= now
-        ]
+        due = [vm for vm in self._vms.values() if self._is_due(vm)]
         if not due:
             return
         for vm in due:
-            vm.state = VMState.REQUESTED
+            vm.state, vm.requested = VMState.REQUESTED, now
             self._note(vm, f"requesting a {vm.type.name}")
         self._flush()
         requests = [LaunchRequest(vm.name, vm.token, vm.type, vm.requested) for vm in due]
         for vm, outcome in zip(due, self._cloud.launch(requests), strict=True):
             self._take_outcome(vm, outcome)
         self._flush()
+
+    def _is_due(self, vm: VM) -> bool:
+        """Requested ones are here only when the round that requested them broke off; the token makes
+        asking again safe."""
+        unlaunched = vm.state in (VMState.PLANNED, VMState.REQUESTED)
+        return unlaunched and vm.retry_at <= self._clock()
 
     def _take_outcome(
         self, vm: VM, outcome: Instance | CloudUnavailable | LaunchRefused | TokenSpent
@@ -743,9 +775,10 @@ class Broker:
             if vm.instance_id is None and vm.state != VMState.GONE:
                 self._close(vm)
 
-    def _await_end(self, vms: Sequence[VM]) -> None:
+    def _await_end(self, vms: Sequence[VM]) -> bool:
         """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
-        machine that is ending costs nothing more, so that its last breath is waited for only shortly."""
+        machine that is ending costs nothing more, so that its last breath is waited for only shortly.
+        False if that did not come about."""
         begun = asked = self._clock()
         while self._clock() - begun < _RELEASE_PATIENCE:
             self._describe()
@@ -755,11 +788,12 @@ class Broker:
             safe = all(vm.ending and vm.node_deleted for vm in vms)
             late = self._clock() - begun > _LAST_BREATH
             if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
-                return
+                return True
             self._sleep(_RELEASE_PAUSE)
             if self._clock() - asked > _DESCRIBE_SOON:
                 asked = self._clock()
                 self._terminate_all([vm for vm in vms if not vm.ending])
+        return False
 
     def _why_kept(self, vm: VM, foreign: Mapping[str, list[str]]) -> str:
         if vm.name in foreign:
@@ -787,21 +821,38 @@ class Broker:
     def _name(self, vm: VM) -> str:
         return f"VM {vm.instance_id or '(not started)'} ({vm.name})"
 
+    def _try_cloud(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except CloudUnavailable as error:
+            self._tell(f"EC2 does not answer: {error}", logging.WARNING)
+
     def _note(self, vm: VM, what: str) -> None:
         self._dirty_vms[vm.name] = vm
-        self._journal.event(self._config.run, self._clock(), vm.name, what)
+        self._events.append((self._clock(), vm.name, what))
         self._log.debug(f"{self._name(vm)}: {what}")
 
     def _dirty(self, task: Task) -> None:
         self._dirty_tasks[task.key] = task
 
     def _flush(self) -> None:
-        if self._dirty_vms or self._dirty_tasks:
+        """Writes down what changed. A journal that fails stops all new effects, but no giving back."""
+        if not (self._dirty_vms or self._dirty_tasks):
+            return
+        try:
             self._journal.write(
-                self._config.run, self._dirty_vms.values(), self._dirty_tasks.values()
+                self._config.run,
+                self._dirty_vms.values(),
+                self._dirty_tasks.values(),
+                self._events,
             )
-            self._dirty_vms.clear()
-            self._dirty_tasks.clear()
+        except sqlite3.Error as error:
+            if not self._releasing:
+                raise
+            self._tell(f"The journal cannot be written: {error}", logging.WARNING)
+        self._dirty_vms.clear()
+        self._dirty_tasks.clear()
+        self._events.clear()
 
     def _tell(self, message: str, level: int) -> None:
         """Says a thing once a run, however often it happens."""

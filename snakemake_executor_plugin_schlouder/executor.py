@@ -137,8 +137,15 @@ class Executor(RemoteExecutor):
         if self._broker is None or self._journal is None:
             return
         with _shielded(self.logger):
-            self._broker.release()
-            self._journal.end_run(self._run, time.time())
+            try:
+                self._broker.release()
+                self._journal.end_run(self._run, time.time())
+            except Exception as error:
+                self.logger.error(
+                    f"schlouder: not everything could be given back: {error!r}. Look for instances "
+                    f"with the tag schlouder:run={self._run}."
+                )
+                self.logger.debug("schlouder: trace", exc_info=True)
 
     # -- opening
 

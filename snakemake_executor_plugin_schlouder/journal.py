@@ -141,9 +141,19 @@ class Journal:
         with self._transaction() as db:
             db.execute("UPDATE runs SET ended = ? WHERE run = ? AND ended IS NULL", (now, run))
 
-    def write(self, run: str, vms: Iterable[VM] = (), tasks: Iterable[Task] = ()) -> None:
-        """Records these VMs and tasks as they are now; returns when it is on the disk."""
+    def write(
+        self,
+        run: str,
+        vms: Iterable[VM] = (),
+        tasks: Iterable[Task] = (),
+        events: Iterable[tuple[float, str, str]] = (),
+    ) -> None:
+        """Records these VMs and tasks as they are now, and events as (time, VM, what happened);
+        returns when it is on the disk."""
         with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO events VALUES (?, ?, ?, ?)", [(run, *event) for event in events]
+            )
             db.executemany(
                 "INSERT OR REPLACE INTO vms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [_vm_row(run, vm) for vm in vms],
@@ -152,10 +162,6 @@ class Journal:
                 "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [_task_row(run, task) for task in tasks],
             )
-
-    def event(self, run: str, now: float, subject: str, what: str) -> None:
-        with self._transaction() as db:
-            db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (run, now, subject, what))
 
     def runs(self) -> list[RunRecord]:
         """All runs of this directory, oldest first."""

@@ -111,7 +111,8 @@ class Task:
     """One Snakemake job (or group job) on its way through the broker.
 
     `limit` is the rule's `runtime` in seconds, `planned` what it is expected to take
-    (`schlouder_walltime`, else `runtime`), `attempt` counts the submissions to Slurm. `started` and
+    (`schlouder_walltime`, else `runtime`), `attempt` counts the submissions to Slurm, `losses` the
+    machines that were lost under it. `started` and
     `ended` are Slurm's times of the last attempt. The failure of a task with `ends_run` ends the run.
     """
 
@@ -131,6 +132,7 @@ class Task:
     ended: float | None = None
     vm: str | None = None
     attempt: int = 0
+    losses: int = 0
     slurm_id: str | None = None
     reason: str = ""
 

@@ -204,6 +204,12 @@ class FakeSlurm:
             if job.state in ("PENDING", "RUNNING"):
                 job.state, job.ended = "CANCELLED", self.world.now
 
+    def cancel(self, slurm_ids: Sequence[str]) -> None:
+        self._answer()
+        for job in self.world.jobs.values():
+            if job.slurm_id in slurm_ids and job.state in ("PENDING", "RUNNING"):
+                job.state, job.ended = "CANCELLED", self.world.now
+
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         self._answer()
         return self.foreign

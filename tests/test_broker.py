@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRefused,
     TokenSpent,
 )
+from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable
 
 SMALL = InstanceType("m5.large", 2, 8192)
 BIG = InstanceType("m5.4xlarge", 16, 65536)
@@ -439,3 +441,93 @@ def test_a_vm_with_somebody_else_s_job_is_kept(rig: Rig, caplog: pytest.LogCaptu
     rig.broker.release()
     assert rig.world.alive() == ["schlouder-r1-1"]
     assert "Slurm job 77" in caplog.text
+
+
+def test_a_machine_whose_launch_was_given_up_is_ended_all_the_same(rig: Rig) -> None:
+    """The reply is lost, then the task is dropped: no VM of ours stands for the machine any more."""
+    launch = rig.cloud.launch
+
+    def lose_the_reply(requests):  # type: ignore[no-untyped-def]
+        launch(requests)
+        return [CloudUnavailable("connection lost") for _ in requests]
+
+    rig.cloud.launch = lose_the_reply  # type: ignore[method-assign]
+    rig.give(1)
+    rig.run(1)
+    rig.broker.stop()
+    rig.run(3)
+    rig.broker.release()
+    assert rig.world.alive() == []
+
+
+def test_a_submission_without_reply_is_looked_for_before_it_is_made_again(rig: Rig) -> None:
+    submit = rig.slurm.submit
+
+    def lose_the_reply(job):  # type: ignore[no-untyped-def]
+        submit(job)
+        rig.slurm.submit = submit  # type: ignore[method-assign]
+        raise ClusterUnavailable("timed out")
+
+    rig.slurm.submit = lose_the_reply  # type: ignore[method-assign]
+    (task,) = rig.give(1)
+    rig.run(60)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert len(rig.world.jobs) == 1
+
+
+def test_a_submission_that_arrives_after_it_was_given_up_is_cancelled(rig: Rig) -> None:
+    submit, late = rig.slurm.submit, []
+
+    def delay(job):  # type: ignore[no-untyped-def]
+        late.append(job)
+        rig.slurm.submit = submit  # type: ignore[method-assign]
+        raise ClusterUnavailable("timed out")
+
+    rig.slurm.submit = delay  # type: ignore[method-assign]
+    (task,) = rig.give(1, seconds=30)
+    rig.run(17)
+    assert task.attempt == 2
+    submit(late[0])
+    rig.run(60)
+    assert rig.world.jobs[f"{task.key}.1"].state == "CANCELLED"
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+
+
+def test_a_launch_that_took_long_to_get_through_does_not_count_as_a_slow_boot(rig: Rig) -> None:
+    rig.cloud.away = True
+    rig.give(1)
+    rig.run(300, step=5)
+    rig.cloud.away = False
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert len(rig.cloud.launched) == 1
+
+
+def test_nothing_starts_while_the_journal_cannot_be_written(rig: Rig) -> None:
+    write = rig.journal.write
+
+    def fail(*_values, **_named):  # type: ignore[no-untyped-def]
+        raise sqlite3.OperationalError("disk full")
+
+    rig.give(1)
+    rig.journal.write = fail  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(sqlite3.OperationalError):
+            rig.tick()
+    assert rig.cloud.launched == []
+    rig.journal.write = write  # type: ignore[method-assign]
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_a_journal_that_cannot_be_written_keeps_no_vm_alive(rig: Rig) -> None:
+    rig.give(2, seconds=500)
+    rig.run(20)
+
+    def fail(*_values, **_named):  # type: ignore[no-untyped-def]
+        raise sqlite3.OperationalError("disk full")
+
+    rig.journal.write = fail  # type: ignore[method-assign]
+    rig.broker.release()
+    assert rig.world.alive() == []
+    assert rig.world.nodes == {}

@@ -5,7 +5,7 @@ One adapter so far: `cli.py`, over Slurm's command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -109,6 +109,10 @@ class Cluster(Protocol):
 
     def cancel_run(self, run: str) -> None:
         """Cancels every job named `run`."""
+        ...
+
+    def cancel(self, slurm_ids: Sequence[str]) -> None:
+        """Cancels these jobs; ended ones are no error."""
         ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:

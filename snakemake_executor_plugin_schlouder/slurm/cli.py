@@ -190,6 +190,9 @@ class SlurmCommands:
     def cancel_run(self, run: str) -> None:
         self._read(["scancel", f"--name={run}"])
 
+    def cancel(self, slurm_ids: Sequence[str]) -> None:
+        self._read(["scancel", *slurm_ids])
+
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         listed = self._read(
             [
