@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench acceptance clean
 
 demo: $(READY)
 	@tools/demo "$(SPECTRA)" "$(DATABASE)" "$(CHUNKS)"
@@ -25,6 +25,9 @@ bench: $(READY)
 $(READY): pyproject.toml tools/setup
 	@tools/setup $(VENV)
 	@touch $@
+
+acceptance: $(READY)
+	@TRACES="$(TRACES)" $(PYTHON) -m bench.acceptance
 
 clean:
 	rm -rf $(VENV) build dist

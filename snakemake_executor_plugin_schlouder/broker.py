@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from . import strategies
 from .journal import Journal
 from .model import (
-    DEFAULT_BOOT_TIME,
     TASK_ENDED,
     VM,
     Billing,
@@ -29,6 +27,7 @@ from .model import (
     TaskState,
     VMState,
 )
+from .prediction import BootPredictor, MeasuredBoots
 from .provision import (
     Cloud,
     CloudUnavailable,
@@ -56,10 +55,10 @@ MAX_ATTEMPTS = 3
 MAX_BOOT_FAILURES = 3
 """Boots in a row that may fail before nothing more is launched (R15)."""
 
+_LEAVING = frozenset({VMState.DRAINING, VMState.TERMINATING, VMState.GONE})
 _ABSENT_VIEWS = 3
 _ABSENT_DESCRIBES = 5
 _CONSISTENCY_WINDOW = 120.0
-_DESCRIBE_SOON = 3.0
 _DESCRIBE_SELDOM = 15.0
 _LAUNCH_BACKOFF = 60.0
 _TERMINATE_PATIENCE = 60.0
@@ -72,7 +71,8 @@ _CONSOLE_LINES = 15
 
 @dataclass(frozen=True)
 class BrokerConfig:
-    """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds."""
+    """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
+    `describe_every`: seconds between two looks at EC2 while machines boot or end."""
 
     run: str
     workdir: Path
@@ -81,6 +81,7 @@ class BrokerConfig:
     max_vms: int
     billing: Billing
     boot_timeout: float
+    describe_every: float = 3.0
 
     @property
     def job_name(self) -> str:
@@ -111,7 +112,10 @@ class Broker:
         log: logging.Logger,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
+        boots: BootPredictor | None = None,
+        witness: Callable[[Path], int | None] = exit_code,
     ) -> None:
+        """`witness` reads the exit code a job's script left in a file, None if there is none."""
         self._config = config
         self._cloud = cloud
         self._cluster = cluster
@@ -119,6 +123,8 @@ class Broker:
         self._log = log
         self._clock = clock
         self._sleep = sleep
+        self._boots = boots or MeasuredBoots()
+        self._witness = witness
         self._lock = threading.RLock()
         self._inbox: list[Task] = []
         self._strategies: dict[str, strategies.Strategy] = {}
@@ -128,7 +134,6 @@ class Broker:
         self._submitted: dict[str, Task] = {}
         self._absent_jobs: dict[str, int] = {}
         self._absent_vms: dict[str, int] = {}
-        self._boots: list[float] = []
         self._boot_failures = 0
         self._refusal = ""
         self._stopping = False
@@ -155,7 +160,6 @@ class Broker:
         now = self._clock()
         for task in tasks:
             task.received = now
-        self._config.files.mkdir(parents=True, exist_ok=True)
         self._journal.write(self._config.run, tasks=tasks)
         self._inbox.extend(tasks)
 
@@ -193,6 +197,20 @@ class Broker:
             or self._waiting
             or any(vm.state != VMState.GONE for vm in list(self._vms.values()))
         )
+
+    def vms(self) -> list[VM]:
+        """Every VM there was, in the order of their request."""
+        return list(self._vms.values())
+
+    def next_change(self) -> float | None:
+        """When the passing of time alone makes the next tick act, without any event; None: never."""
+        dates = []
+        for vm in self._vms.values():
+            if vm.state == VMState.READY and vm.is_unused:
+                dates.append(self._clock() + max(0.0, self._retires_in(vm)))
+            elif vm.state in _LEAVING and not vm.is_settled:
+                dates.append(self._clock())
+        return min(dates, default=None)
 
     @property
     def log_of(self) -> Callable[[Task], Path]:
@@ -244,7 +262,7 @@ class Broker:
     def _observe_cloud(self) -> None:
         moving = any(vm.is_booting or vm.state == VMState.TERMINATING for vm in self._vms.values())
         started = any(vm.instance_id and vm.state != VMState.GONE for vm in self._vms.values())
-        pause = _DESCRIBE_SOON if moving else _DESCRIBE_SELDOM
+        pause = self._config.describe_every if moving else _DESCRIBE_SELDOM
         if started and self._clock() - self._described >= pause:
             self._describe()
 
@@ -307,7 +325,7 @@ class Broker:
         now = self._clock()
         if node is not None and node.accepts_jobs:
             vm.state, vm.ready, vm.idle_since = VMState.READY, now, now
-            self._boots.append(now - vm.requested)
+            self._boots.learn(now - vm.requested)
             self._boot_failures = 0
             self._note(vm, f"ready after {now - vm.requested:.0f} s")
         elif node is not None and (node.state.startswith("drain") or node.state == "inval"):
@@ -355,7 +373,7 @@ class Broker:
             self._dirty(task)
         elif status.phase == JobPhase.SUCCEEDED:
             task.ended = status.ended
-            self._judge(task, exit_code(self._config.exit_file(task)) or 0)
+            self._judge(task, self._witness(self._config.exit_file(task)) or 0)
         elif status.phase == JobPhase.FAILED:
             task.ended = status.ended
             self._finish(task, TaskState.FAILED, self._failure(task, status))
@@ -364,7 +382,7 @@ class Broker:
 
     def _missing(self, key: str, task: Task) -> None:
         """Slurm does not know the submission. Unknown is neither success nor failure."""
-        code = exit_code(self._config.exit_file(task))
+        code = self._witness(self._config.exit_file(task))
         if code is not None:
             task.ended = self._clock()
             self._judge(task, code)
@@ -382,7 +400,7 @@ class Broker:
             self._finish(task, TaskState.FAILED, f"ended with exit code {code}")
 
     def _failure(self, task: Task, status: JobStatus) -> str:
-        code = exit_code(self._config.exit_file(task))
+        code = self._witness(self._config.exit_file(task))
         if status.state == "FAILED" and code is not None:
             return f"ended with exit code {code}"
         return f"{sentence_of(status.state)} (Slurm: {status.state})"
@@ -475,7 +493,7 @@ class Broker:
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it: its own witness decides, else it runs again."""
-        code = exit_code(self._config.exit_file(task))
+        code = self._witness(self._config.exit_file(task))
         if code is not None:
             task.ended = vm.ended
             self._judge(task, code)
@@ -559,7 +577,9 @@ class Broker:
         return pools
 
     def _choose(self, task: Task, kind: InstanceType, pool: list[VM]) -> VM | None:
-        fleet = Fleet(pool, self._clock(), self._boot_time())
+        fleet = Fleet(
+            pool, self._clock(), self._boot_time(), self._may_start(), self._config.billing
+        )
         chosen = self._strategy(task.strategy).choose(task, fleet)
         if chosen is not None:
             return chosen
@@ -604,12 +624,13 @@ class Broker:
         self._vm_count += 1
         name = f"schlouder-{self._config.run}-{self._vm_count}"
         token = client_token(self._config.run, name, kind.name, 1)
-        vm = VM(name, strategy, kind, token, self._clock())
+        vm = VM(name, strategy, kind, token, self._clock(), self._boot_time())
         self._vms[name] = vm
         return vm
 
     def _boot_time(self) -> float:
-        return statistics.median(self._boots) if self._boots else DEFAULT_BOOT_TIME
+        """Predicted boot of a VM that would be requested now."""
+        return self._boots.predict(sum(1 for vm in self._vms.values() if vm.is_booting))
 
     # -- act
 
@@ -640,7 +661,7 @@ class Broker:
         self, vm: VM, outcome: Instance | CloudUnavailable | LaunchRefused | TokenSpent
     ) -> None:
         if isinstance(outcome, Instance):
-            vm.instance_id, vm.state = outcome.id, VMState.BOOTING
+            vm.instance_id, vm.state, vm.meter = outcome.id, VMState.BOOTING, outcome.launched
             self._note(vm, f"is instance {outcome.id}")
         elif isinstance(outcome, LaunchRefused):
             self._refusal = str(outcome)
@@ -727,9 +748,13 @@ class Broker:
     def _may_leave(self, vm: VM) -> bool:
         if self._stopping or self._waiting or not self._strategy(vm.strategy).reuses_vms:
             return True
+        return self._retires_in(vm) <= 0
+
+    def _retires_in(self, vm: VM) -> float:
+        """Seconds until an idle VM should go."""
         now = self._clock()
         idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
-        return self._config.billing.may_retire(now - vm.requested, idle_for, self._boot_time())
+        return self._config.billing.retires_in(vm.uptime(now), idle_for, self._boot_time())
 
     # -- the end of the run
 
@@ -790,7 +815,7 @@ class Broker:
             if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
                 return True
             self._sleep(_RELEASE_PAUSE)
-            if self._clock() - asked > _DESCRIBE_SOON:
+            if self._clock() - asked > self._config.describe_every:
                 asked = self._clock()
                 self._terminate_all([vm for vm in vms if not vm.ending])
         return False

@@ -22,6 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="schlouder", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True)
     _add_status(commands)
+    _add_simulate(commands)
+    _add_replay(commands)
     _add_local(commands)
     return parser
 
@@ -37,6 +39,32 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     status.add_argument("--run", metavar="RUN", help="which run (default: the newest)")
     status.set_defaults(action=_status)
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = commands.add_parser(
+        "simulate", help="play a task list under the strategies, side by side; starts nothing"
+    )
+    simulate.add_argument("tasks", type=Path, metavar="TASKS", help="a task list (.tasks)")
+    simulate.add_argument("--strategy", action="append", metavar="NAME", help="default: all")
+    simulate.add_argument("--max-vms", type=int, default=20, metavar="N")
+    simulate.add_argument("--btu", type=float, default=1.0, metavar="S", help="default: 1")
+    simulate.add_argument("--min-charge", type=float, default=60.0, metavar="S", help="default: 60")
+    simulate.add_argument("--margin", type=float, default=50.0, metavar="S", help="default: 50")
+    simulate.add_argument(
+        "--boot-seconds", type=float, default=60.0, metavar="S", help="default: 60"
+    )
+    simulate.add_argument("--price", type=float, metavar="USD", help="of one VM for an hour")
+    simulate.set_defaults(action=_simulate)
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    replay = commands.add_parser(
+        "replay", help="play recorded runs again and compare with what was measured"
+    )
+    replay.add_argument("runs", type=Path, metavar="RUNS.csv")
+    replay.add_argument("--strategy", metavar="NAME", help="another one than the recorded")
+    replay.set_defaults(action=_replay)
 
 
 def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -88,6 +116,37 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="directories that the VMs share with this machine "
         "(default: the current directory and your home)",
     )
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder import report, simulate, strategies, tasklist
+    from snakemake_executor_plugin_schlouder.model import Billing, SchlouderError
+    from snakemake_executor_plugin_schlouder.prediction import LinearBoots
+
+    try:
+        tasks = tasklist.read(arguments.tasks)
+        names = arguments.strategy or strategies.known()
+        billing = Billing(arguments.btu, arguments.min_charge, arguments.margin)
+        boots = LinearBoots(arguments.boot_seconds, 0.0)
+        scenarios = [simulate.Scenario(name, arguments.max_vms, billing, boots) for name in names]
+        outcomes = {scenario.strategy: simulate.simulate(tasks, scenario) for scenario in scenarios}
+    except SchlouderError as error:
+        return _fail(error)
+    report.show_table(report.outcome_table(outcomes, arguments.price))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder import replay, report
+    from snakemake_executor_plugin_schlouder.model import SchlouderError
+
+    try:
+        runs = replay.read_runs(arguments.runs)
+        replays = [replay.replay(run, arguments.strategy) for run in runs]
+    except SchlouderError as error:
+        return _fail(error)
+    report.show_table(report.replay_table(replays))
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

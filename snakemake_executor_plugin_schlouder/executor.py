@@ -169,21 +169,17 @@ class Executor(RemoteExecutor):
         types = instance_types(cloud.region, config.instance_types)
         _check_sizes(rules, types)
         self._journal = self._open_journal(cloud.region, cloud.endpoint)
-        self._broker = Broker(
-            BrokerConfig(
-                run=self._run,
-                workdir=self._workdir,
-                partition=config.partition,
-                types=tuple(types),
-                max_vms=config.max_vms,
-                billing=config.billing,
-                boot_timeout=config.boot_timeout,
-            ),
-            cloud,
-            cluster,
-            self._journal,
-            self.logger,
+        broker_config = BrokerConfig(
+            run=self._run,
+            workdir=self._workdir,
+            partition=config.partition,
+            types=tuple(types),
+            max_vms=config.max_vms,
+            billing=config.billing,
+            boot_timeout=config.boot_timeout,
         )
+        broker_config.files.mkdir(parents=True, exist_ok=True)
+        self._broker = Broker(broker_config, cloud, cluster, self._journal, self.logger)
         self._broker.expect((settings.strategy, settings.need) for _, settings in rules)
         atexit.register(self._give_back)
         self._handle_signals()

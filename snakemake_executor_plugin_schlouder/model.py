@@ -6,7 +6,7 @@ Times are seconds since the epoch, durations seconds, memory MiB.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -75,12 +75,16 @@ class Billing:
     """How a provider charges: started units of `unit` s, at least `minimum` s.
 
     `margin` is how long before the end of a paid unit a VM must be given back, so that the request
-    is through when the next unit would start.
+    is through when the next unit would start. `boot_share` is the share of a VM's life one accepts to
+    pay for booting. `keeps_late` is a habit of the original Schlouder: a VM that became idle inside
+    the margin was kept, and paid for another unit.
     """
 
     unit: float = 1.0
     minimum: float = 60.0
     margin: float = 50.0
+    boot_share: float = 0.1
+    keeps_late: bool = False
 
     def units(self, uptime: float) -> int:
         """Started units of `uptime` seconds; a VM that was started at all costs one."""
@@ -94,16 +98,31 @@ class Billing:
         """Seconds that are already paid after `uptime` seconds and not yet used."""
         return self.billed(uptime) - uptime
 
-    def may_retire(self, uptime: float, idle_for: float, boot_time: float) -> bool:
-        """Whether an idle VM should go now.
+    def quantum(self, boot_time: float) -> float:
+        """Q, the time strategies fill a VM up to. With units longer than what a boot of `boot_time`
+        seconds is worth it is the unit; with shorter ones it keeps boots at `boot_share` of a life."""
+        return max(self.unit, self.minimum, boot_time / self.boot_share)
+
+    def left_of_quantum(self, until_idle: float, quantum: float) -> float:
+        """R: seconds left of the quanta begun when a VM has `until_idle` seconds from its request to
+        its idle date, margin included."""
+        used = until_idle + self.margin
+        return max(1, math.ceil(used / quantum)) * quantum - used
+
+    def retires_in(self, uptime: float, idle_for: float, boot_time: float) -> float:
+        """Seconds from now until a VM that stays idle should go; 0 or less: now.
 
         Units longer than a boot: inside the last `margin` seconds of what is paid. Shorter units:
         once it was idle for as long as a boot takes, for waiting longer costs more than booting
         again and waiting less loses what a boot costs.
         """
-        if self.unit > boot_time:
-            return self.paid_left(uptime) <= self.margin
-        return idle_for >= boot_time
+        if self.unit <= boot_time:
+            return boot_time - idle_for
+        left = self.paid_left(uptime)
+        late = left <= self.margin and left + idle_for <= self.margin
+        if self.keeps_late and late:
+            return left + self.unit - self.margin
+        return left - self.margin
 
 
 @dataclass
@@ -150,7 +169,9 @@ class Task:
 class VM:
     """One rented machine, which is one Slurm node; `name` is the node's name.
 
-    `queue` holds what is planned for it, `active` what Slurm was given (by task key). `ending` is set
+    `requested` is when it was asked for, `meter` when the provider's meter started (if it has said so),
+    `boot_planned` the predicted seconds from request to ready. `queue` holds what is planned for it,
+    `active` what Slurm was given (by task key). `ending` is set
     once the cloud itself says that the machine is on its way out, from when it costs nothing more;
     `node_deleted` once Slurm has no record of it any more.
     """
@@ -160,6 +181,8 @@ class VM:
     type: InstanceType
     token: str
     requested: float
+    boot_planned: float = DEFAULT_BOOT_TIME
+    meter: float | None = None
     state: VMState = VMState.PLANNED
     instance_id: str | None = None
     ready: float | None = None
@@ -201,13 +224,17 @@ class VM:
         memory = sum(task.need.memory for task in self.active.values())
         return self.type.fits(Need(cpus + need.cpus, memory + need.memory))
 
-    def idle_at(self, now: float, boot_time: float) -> float:
+    def uptime(self, now: float) -> float:
+        """Seconds the provider counts."""
+        return now - (self.requested if self.meter is None else self.meter)
+
+    def idle_at(self, now: float) -> float:
         """Predicted date at which all that is planned for it is done.
 
         Work is counted in CPU seconds and spread over its CPUs; what runs longer than planned is
         taken to end now.
         """
-        start = max(now, self.requested + boot_time) if self.is_booting else now
+        start = max(now, self.requested + self.boot_planned) if self.is_booting else now
         work = 0.0
         for task in self.active.values():
             left = task.walltime - max(0.0, now - task.started if task.started else 0.0)
@@ -218,18 +245,39 @@ class VM:
 
 @dataclass
 class Fleet:
-    """What a strategy may see and ask: the open VMs of its pool, in the order of their request."""
+    """What a strategy may see and ask: the open VMs of its pool, in the order of their request.
+
+    `boot_time` is the predicted boot of a VM that would be requested now; `may_grow` whether one could
+    be, or the cap is reached.
+    """
 
     vms: list[VM]
     now: float
     boot_time: float
+    may_grow: bool = True
+    billing: Billing = field(default_factory=Billing)
 
     def __iter__(self) -> Iterator[VM]:
         return iter(self.vms)
 
-    def first(self, fits: Callable[[VM], bool] = lambda vm: True) -> VM | None:
-        return next((vm for vm in self.vms if fits(vm)), None)
+    def first(self) -> VM | None:
+        return self.vms[0] if self.vms else None
 
     def idle_first(self) -> VM | None:
         """The VM that is predicted to be idle before the others."""
-        return min(self.vms, key=lambda vm: vm.idle_at(self.now, self.boot_time), default=None)
+        return min(self.vms, key=self.idle_at, default=None)
+
+    def idle_at(self, vm: VM) -> float:
+        """Predicted idle date of `vm`."""
+        return vm.idle_at(self.now)
+
+    def paid_left(self, vm: VM, task: Task | None = None) -> float:
+        """R(v): seconds left of the quanta `vm` has begun once it is idle; R(v,t) with `task` added."""
+        until_idle = self.idle_at(vm) - vm.requested
+        if task is not None:
+            until_idle += task.walltime * task.need.cpus / vm.type.cpus
+        return self.billing.left_of_quantum(until_idle, self.billing.quantum(self.boot_time))
+
+    def fits(self, vm: VM, task: Task) -> bool:
+        """Whether `task` ends within the quanta `vm` has begun, margin included."""
+        return self.paid_left(vm, task) <= self.paid_left(vm)

@@ -71,7 +71,7 @@ class LaunchRequest:
 
 @dataclass(frozen=True)
 class Instance:
-    """One machine as the cloud sees it."""
+    """One machine as the cloud sees it. `launched` is when its meter started."""
 
     id: str
     node: str
@@ -79,6 +79,7 @@ class Instance:
     state: str
     type: str
     reason: str
+    launched: float | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -423,6 +424,7 @@ def _instance(described: Mapping[str, Any]) -> Instance:
         described["State"]["Name"],
         described["InstanceType"],
         described.get("StateReason", {}).get("Message", ""),
+        described["LaunchTime"].timestamp(),
     )
 
 

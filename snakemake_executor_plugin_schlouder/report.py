@@ -11,7 +11,12 @@ from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
 from .model import SchlouderError, VMState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from rich.console import RenderableType
+
+    from .replay import Replay
+    from .simulate import Outcome
 
 NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknown value
 
@@ -21,8 +26,6 @@ NARROWEST = 100
 
 def show(directory: Path, run: str | None) -> None:
     """Prints the report of one run in `directory`, the newest if `run` is None."""
-    from rich.console import Console
-
     path = journal_path(directory)
     if not path.exists():
         raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
@@ -32,7 +35,66 @@ def show(directory: Path, run: str | None) -> None:
         raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
     if run is not None and run not in known:
         raise SchlouderError(f"--run: {run!r} is unknown here; known are {', '.join(known)}")
-    Console(width=_width()).print(run_report(journal, run or known[-1]))
+    show_table(run_report(journal, run or known[-1]))
+
+
+def show_table(renderable: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(width=_width()).print(renderable)
+
+
+def outcome_table(outcomes: Mapping[str, Outcome], price: float | None = None) -> RenderableType:
+    """Simulated strategies side by side; `price` is that of one VM for an hour."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("strategy", "VMs", "units", "billed", "cost", "makespan", "idle share"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right")
+    for name, outcome in outcomes.items():
+        cost = NOTHING if price is None else f"{outcome.billed / 3600 * price:.2f}"
+        table.add_row(
+            name,
+            str(outcome.vms),
+            str(outcome.units),
+            f"{outcome.billed:.0f} s",
+            cost,
+            f"{outcome.makespan:.0f} s",
+            f"{outcome.idle_share:.0%}",
+        )
+    return table
+
+
+def replay_table(replays: Sequence[Replay]) -> RenderableType:
+    """Agreement with the measured runs, by application and strategy."""
+    from rich.table import Table
+
+    from .replay import Fidelity
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in (
+        "application",
+        "strategy",
+        "runs",
+        "VMs agree",
+        "units agree",
+        "makespan error",
+    ):
+        table.add_column(heading)
+    groups: dict[tuple[str, str], list[Replay]] = {}
+    for replay in replays:
+        groups.setdefault((replay.run.application, replay.run.strategy), []).append(replay)
+    for (application, strategy), group in sorted(groups.items()):
+        fidelity = Fidelity.of(group)
+        table.add_row(
+            application,
+            strategy,
+            str(fidelity.runs),
+            str(fidelity.same_vms),
+            str(fidelity.same_units),
+            f"median {fidelity.median_makespan_error:.4f}",
+        )
+    return table
 
 
 def run_report(journal: Journal, run: str) -> RenderableType:

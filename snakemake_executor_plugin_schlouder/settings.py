@@ -49,6 +49,14 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Seconds before the end of a paid unit at which an idle VM is given back.", metavar="S"
         ),
     )
+    boot_overhead: Optional[float] = field(
+        default=0.1,
+        metadata=_setting(
+            "Share of a VM's life one accepts to pay for booting; with billing units shorter than "
+            "jobs, strategies fill a VM up to its boot time divided by this.",
+            metavar="SHARE",
+        ),
+    )
     instance_types: Optional[str] = field(
         default="m5.large",
         metadata=_setting(
@@ -138,7 +146,12 @@ def validated(settings: ExecutorSettings) -> Config:
     return Config(
         strategy=settings.strategy or "",
         max_vms=settings.max_vms or 0,
-        billing=Billing(settings.btu or 0, settings.min_charge or 0, settings.margin or 0),
+        billing=Billing(
+            settings.btu or 0,
+            settings.min_charge or 0,
+            settings.margin or 0,
+            settings.boot_overhead or 0,
+        ),
         instance_types=_words(settings.instance_types),
         image=settings.image or "",
         subnet=settings.subnet or "",
@@ -222,6 +235,11 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
         for name, value, least, allowed in bounds
         if value is None or not least <= value < float("inf")
     ]
+    if settings.boot_overhead is None or not 0 < settings.boot_overhead <= 1:
+        problems.append(
+            f"--schlouder-boot-overhead: {settings.boot_overhead} is not allowed; "
+            "it must be a share above 0 and at most 1"
+        )
     for name, value in (("btu", settings.btu), ("boot-timeout", settings.boot_timeout)):
         if value is None or not 0 < value < float("inf"):
             problems.append(

@@ -50,7 +50,60 @@ class OneVMPerJob:
         return None
 
 
-_STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (OneVMForAll, OneVMPerJob)}
+class Asap:
+    """As soon as possible: a VM that is idle before a new one could be up, of these the one with the
+    least paid time left after the task; else a new one. Aims at the makespan."""
+
+    name: ClassVar[str] = "asap"
+    reuses_vms: ClassVar[bool] = True
+    one_type: ClassVar[bool] = False
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        if not fleet.may_grow:
+            return fleet.idle_first()
+        ready = fleet.now + fleet.boot_time
+        soon = [vm for vm in fleet if fleet.idle_at(vm) < ready]
+        return min(soon, key=lambda vm: fleet.paid_left(vm, task), default=None)
+
+
+class Afap:
+    """As full as possible: a VM in whose paid time the task still fits, of these the one it fits best;
+    else a new one. Aims at the cost; best-fit bin packing on billing units."""
+
+    name: ClassVar[str] = "afap"
+    reuses_vms: ClassVar[bool] = True
+    one_type: ClassVar[bool] = False
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        fitting = [vm for vm in fleet if fleet.fits(vm, task)]
+        return min(fitting, key=lambda vm: fleet.paid_left(vm, task), default=None)
+
+
+class FirstFit:
+    """As afap, but the first VM in which the task fits."""
+
+    name: ClassVar[str] = "first-fit"
+    reuses_vms: ClassVar[bool] = True
+    one_type: ClassVar[bool] = False
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        return next((vm for vm in fleet if fleet.fits(vm, task)), None)
+
+
+class WorstFit:
+    """As afap, but the VM that keeps most paid time."""
+
+    name: ClassVar[str] = "worst-fit"
+    reuses_vms: ClassVar[bool] = True
+    one_type: ClassVar[bool] = False
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        fitting = [vm for vm in fleet if fleet.fits(vm, task)]
+        return max(fitting, key=lambda vm: fleet.paid_left(vm, task), default=None)
+
+
+_CLASSICS: tuple[type[Strategy], ...] = (OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit)
+_STRATEGIES = {cls.name: cls for cls in _CLASSICS}
 
 
 def known() -> list[str]:

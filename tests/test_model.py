@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as values
 
 from snakemake_executor_plugin_schlouder import strategies
 from snakemake_executor_plugin_schlouder.model import (
@@ -24,7 +26,7 @@ def task(planned: float | None = None, cpus: int = 1) -> Task:
 
 
 def vm(requested: float = 0.0, state: VMState = VMState.READY) -> VM:
-    return VM(f"vm{requested:.0f}", "s", TYPE, "t", requested, state)
+    return VM(f"vm{requested:.0f}", "s", TYPE, "t", requested, state=state)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +48,65 @@ def test_paid_time_left_is_what_was_billed_and_not_used() -> None:
     assert Billing(1, 60).paid_left(10) == 50
 
 
+UNITS = values.sampled_from([1.0, 60.0, 3600.0, 0.5, 1800.25])
+UPTIMES = values.floats(0, 1e6, allow_nan=False)
+
+
+@given(UNITS, values.sampled_from([0.0, 60.0, 600.0]), UPTIMES)
+def test_a_bill_covers_the_uptime_and_not_a_unit_more(
+    unit: float, minimum: float, uptime: float
+) -> None:
+    billing = Billing(unit, minimum)
+    billed = billing.billed(uptime)
+    assert billed >= max(uptime, minimum, unit) - 1e-6
+    assert billed <= max(minimum, unit, uptime + unit) + 1e-6
+    assert billing.paid_left(uptime) == billed - uptime
+
+
+@given(values.integers(1, 10**6), values.sampled_from([1, 60, 3600]))
+def test_the_end_of_a_unit_is_still_that_unit(count: int, unit: int) -> None:
+    billing = Billing(unit, 0)
+    assert billing.units(count * unit) == count
+    assert billing.units(count * unit + 0.001) == count + 1
+
+
+@given(UPTIMES, values.floats(1, 7200))
+def test_what_is_left_of_a_quantum_is_less_than_one(until_idle: float, quantum: float) -> None:
+    left = Billing(margin=50).left_of_quantum(until_idle, quantum)
+    assert -1e-6 <= left <= quantum
+
+
+@pytest.mark.parametrize(
+    ("billing", "boot", "quantum"),
+    [
+        (Billing(3600, 0), 60, 3600),
+        (Billing(1, 60), 60, 600),
+        (Billing(1, 60), 2, 60),
+        (Billing(1, 0, boot_share=0.5), 60, 120),
+    ],
+)
+def test_the_planning_quantum(billing: Billing, boot: float, quantum: float) -> None:
+    assert billing.quantum(boot) == quantum
+
+
+def test_the_original_kept_a_vm_that_became_idle_inside_the_margin() -> None:
+    original = Billing(3600, 0, 50, keeps_late=True)
+    assert original.retires_in(3560, idle_for=30, boot_time=60) <= 0
+    assert original.retires_in(3560, idle_for=5, boot_time=60) == 40 + 3600 - 50
+    assert original.retires_in(3000, idle_for=5, boot_time=60) == 550
+
+
 def test_with_hours_an_idle_vm_retires_inside_the_margin_only() -> None:
     billing = Billing(3600, 0, 50)
-    assert not billing.may_retire(3549, idle_for=3000, boot_time=60)
-    assert billing.may_retire(3550, idle_for=0, boot_time=60)
-    assert not billing.may_retire(3601, idle_for=3000, boot_time=60)
+    assert billing.retires_in(3549, idle_for=3000, boot_time=60) > 0
+    assert billing.retires_in(3550, idle_for=0, boot_time=60) <= 0
+    assert billing.retires_in(3601, idle_for=3000, boot_time=60) > 0
 
 
 def test_with_seconds_an_idle_vm_retires_after_the_time_of_a_boot() -> None:
     billing = Billing(1, 60)
-    assert not billing.may_retire(500, idle_for=39, boot_time=40)
-    assert billing.may_retire(500, idle_for=40, boot_time=40)
+    assert billing.retires_in(500, idle_for=39, boot_time=40) > 0
+    assert billing.retires_in(500, idle_for=40, boot_time=40) <= 0
 
 
 def test_a_node_declares_less_memory_than_its_type_has() -> None:
@@ -77,13 +127,14 @@ def test_room_on_a_vm_counts_cpus_and_memory() -> None:
 def test_idle_date_spreads_the_work_over_the_cpus() -> None:
     machine = vm()
     machine.queue = [task(100), task(60), task(40, cpus=2)]
-    assert machine.idle_at(now=1000, boot_time=30) == 1000 + (100 + 60 + 80) / 2
+    assert machine.idle_at(now=1000) == 1000 + (100 + 60 + 80) / 2
 
 
 def test_idle_date_of_a_booting_vm_starts_when_it_is_up() -> None:
     machine = vm(requested=1000, state=VMState.BOOTING)
+    machine.boot_planned = 30.0
     machine.queue = [task(100)]
-    assert machine.idle_at(now=1010, boot_time=30) == 1030 + 50
+    assert machine.idle_at(now=1010) == 1030 + 50
 
 
 def test_idle_date_counts_only_what_is_left_of_a_running_task() -> None:
@@ -91,8 +142,8 @@ def test_idle_date_counts_only_what_is_left_of_a_running_task() -> None:
     running = task(100)
     running.started = 950.0
     machine.active = {"a": running}
-    assert machine.idle_at(now=1000, boot_time=30) == 1000 + 25
-    assert machine.idle_at(now=2000, boot_time=30) == 2000
+    assert machine.idle_at(now=1000) == 1000 + 25
+    assert machine.idle_at(now=2000) == 2000
 
 
 def test_one_vm_for_all_starts_one_and_then_stays_with_it() -> None:
@@ -114,5 +165,8 @@ def test_the_vm_idle_first_has_least_left_to_do() -> None:
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(SchlouderError, match="one-vm-for-all, one-vm-per-job"):
+    with pytest.raises(
+        SchlouderError,
+        match="known are afap, asap, first-fit, one-vm-for-all, one-vm-per-job, worst-fit",
+    ):
         strategies.make("fastest-ever")

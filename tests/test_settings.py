@@ -38,7 +38,7 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
     [
         (
             {"strategy": "cheap"},
-            "--schlouder-strategy: 'cheap' is unknown; known are one-vm-for-all",
+            "--schlouder-strategy: 'cheap' is unknown; known are afap, asap",
         ),
         (
             {"max_vms": 0},

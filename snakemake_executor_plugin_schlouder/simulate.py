@@ -1,0 +1,323 @@
+"""Simulated ports and a virtual clock under the same broker that runs live.
+
+Events (a task arrives, a boot ends, a task ends) move the clock; the broker looks every `period`
+seconds, but only rounds in which something happened, or in which time alone changes a decision, are
+played. One task at a time runs on a VM, as in the recorded runs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .broker import Broker, BrokerConfig
+from .journal import Journal, RunRecord
+from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
+from .prediction import BootPredictor
+from .provision import Instance, LaunchOutcome, LaunchRequest
+from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus
+from .slurm.states import JobPhase
+from .tasklist import RecordedBoot, TaskList
+
+ONE_CORE = InstanceType("one-core", 1, 4096)
+_SILENT = logging.getLogger("schlouder.simulation")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a simulation needs besides the tasks. `boots` predicts; what boots really take comes from
+    the task list, in the order of the requests, and for further VMs from the prediction."""
+
+    strategy: str
+    max_vms: int
+    billing: Billing
+    boots: BootPredictor
+    period: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`units` and `billed` (s) are summed over the VMs, `busy` (s) over the tasks; `makespan` is the date
+    at which the last task ended."""
+
+    vms: int
+    units: int
+    billed: float
+    uptime: float
+    busy: float
+    makespan: float
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the paid time in which nothing ran."""
+        return 1 - self.busy / self.billed if self.billed else 0.0
+
+
+@dataclass
+class _Node:
+    """A VM: booting until `ready`, then running the first of `jobs` since `busy_since`."""
+
+    instance: Instance
+    ready: float
+    jobs: deque[JobRequest] = field(default_factory=deque)
+    up: bool = False
+    drained: bool = False
+
+
+class _World:
+    """The ports `Cloud` and `Cluster` in one: machines, nodes and jobs in virtual time."""
+
+    def __init__(self, tasks: TaskList, boots: BootPredictor, walltimes: dict[str, float]) -> None:
+        self.now = 0.0
+        self.events: list[tuple[float, int, str, str]] = []
+        self.nodes: dict[str, _Node] = {}
+        self.ended: dict[str, float] = {}
+        self._recorded = list(tasks.boots)
+        self._boots = boots
+        self._walltimes = walltimes
+        self._count = 0
+        self._jobs: dict[str, JobStatus] = {}
+
+    def clock(self) -> float:
+        return self.now
+
+    def push(self, date: float, kind: str, name: str) -> None:
+        self._count += 1
+        heapq.heappush(self.events, (date, self._count, kind, name))
+
+    # -- Cloud
+
+    def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        return [self._launch(request) for request in requests]
+
+    def _launch(self, request: LaunchRequest) -> Instance:
+        boot = self._boot(len(self.nodes))
+        started = max(self.now, boot.provisioned)
+        ready = started + boot.seconds + boot.lag
+        instance = Instance(
+            f"i-{len(self.nodes)}", request.node, "", "running", request.type.name, "", started
+        )
+        self.nodes[request.node] = _Node(instance, ready)
+        self.push(ready, "up", request.node)
+        return instance
+
+    def _boot(self, index: int) -> RecordedBoot:
+        if index < len(self._recorded):
+            return self._recorded[index]
+        booting = sum(1 for node in self.nodes.values() if not node.up)
+        return RecordedBoot(self._boots.predict(booting))
+
+    def instances(self, run: str) -> list[Instance]:
+        return [node.instance for node in self.nodes.values()]
+
+    def terminate(self, instance_ids: Sequence[str]) -> None:
+        for node in self.nodes.values():
+            if node.instance.id in instance_ids:
+                node.instance = Instance(
+                    *(node.instance.id, node.instance.node, "", "terminated"),
+                    *(node.instance.type, "", node.instance.launched),
+                )
+
+    def console(self, instance_id: str) -> str:
+        return ""
+
+    # -- Cluster
+
+    def check(self) -> ClusterInfo:
+        return ClusterInfo((22, 5), "", "")
+
+    def submit(self, job: JobRequest) -> str:
+        node = self.nodes[job.node]
+        node.jobs.append(job)
+        self._jobs[job.key] = JobStatus(
+            job.key, job.key, JobPhase.WAITING, "PENDING", "", None, None
+        )
+        if len(node.jobs) == 1:
+            self._start(node)
+        return job.key
+
+    def view(self, run: str) -> ClusterView:
+        jobs, self._jobs = (
+            self._jobs,
+            {key: status for key, status in self._jobs.items() if status.ended is None},
+        )
+        nodes = {
+            name: NodeStatus(name, "drained" if node.drained else "idle", True, "")
+            for name, node in self.nodes.items()
+            if node.up and node.instance.is_alive
+        }
+        return ClusterView(jobs, nodes)
+
+    def cancel_run(self, run: str) -> None: ...
+
+    def cancel(self, slurm_ids: Sequence[str]) -> None: ...
+
+    def foreign_jobs(self, run: str) -> dict[str, list[str]]:
+        return {}
+
+    def drain(self, nodes: Iterable[str], reason: str) -> None:
+        for name in nodes:
+            self.nodes[name].drained = True
+
+    def fail(self, node: str, reason: str) -> None: ...
+
+    def delete(self, node: str) -> bool:
+        return True
+
+    # -- time
+
+    def happen(self, kind: str, name: str) -> None:
+        node = self.nodes[name]
+        if kind == "up":
+            node.up = True
+        else:
+            self._finish(node)
+
+    def _start(self, node: _Node) -> None:
+        job = node.jobs[0]
+        self._jobs[job.key] = JobStatus(
+            job.key, job.key, JobPhase.RUNNING, "RUNNING", "", self.now, None
+        )
+        self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.node)
+
+    def _finish(self, node: _Node) -> None:
+        job = node.jobs.popleft()
+        begun = self._jobs[job.key].started
+        self._jobs[job.key] = JobStatus(
+            job.key, job.key, JobPhase.SUCCEEDED, "COMPLETED", "", begun, self.now
+        )
+        self.ended[_task_of(job.key)] = self.now
+        if node.jobs:
+            self._start(node)
+
+
+class Simulation:
+    """One run of a task list under one scenario; `run` plays it to the last VM's end."""
+
+    def __init__(self, tasks: TaskList, scenario: Scenario) -> None:
+        self._tasks = {task.name: task for task in tasks.tasks}
+        self._scenario = scenario
+        self._order = {task.name: number for number, task in enumerate(tasks.tasks)}
+        self._waits = {task.name: set(task.after) for task in tasks.tasks}
+        self._followers: dict[str, list[str]] = {}
+        for task in tasks.tasks:
+            for name in task.after:
+                self._followers.setdefault(name, []).append(task.name)
+        walltimes = {task.name: task.real for task in tasks.tasks}
+        self._world = _World(tasks, scenario.boots, walltimes)
+        self._journal = Journal(":memory:")
+        self._journal.begin_run(RunRecord("sim", "", "", 0, "", "", scenario.strategy, 0.0))
+        config = BrokerConfig(
+            run="sim",
+            workdir=Path("/nonexistent"),
+            partition="",
+            types=(ONE_CORE,),
+            max_vms=scenario.max_vms,
+            billing=scenario.billing,
+            boot_timeout=math.inf,
+            describe_every=0.0,
+        )
+        self._broker = Broker(
+            config,
+            self._world,
+            self._world,
+            self._journal,
+            _SILENT,
+            clock=self._world.clock,
+            boots=scenario.boots,
+            witness=lambda path: None,
+        )
+
+    def run(self) -> Outcome:
+        for task in self._tasks.values():
+            if not task.after:
+                self._world.push(task.submission, "arrive", task.name)
+        while (date := self._next_round()) is not None:
+            self._play_until(date)
+            self._world.now = date
+            for ended in self._broker.tick():
+                if ended.state != TaskState.COMPLETE:
+                    raise SchlouderError(f"{ended.name}: {ended.reason}")
+        return self._outcome()
+
+    def _next_round(self) -> float | None:
+        """The next date of the broker's clock at which there is something to do."""
+        wake = self._broker.next_change()
+        event = self._world.events[0][0] if self._world.events else None
+        dates = [date for date in (wake, event) if date is not None]
+        if not dates:
+            return None
+        period = self._scenario.period
+        after = self._world.now + period if self._world.now or self._world.nodes else 0.0
+        return max(after, math.ceil(min(dates) / period - 1e-9) * period)
+
+    def _play_until(self, date: float) -> None:
+        arrived: list[str] = []
+        while self._world.events and self._world.events[0][0] <= date:
+            self._world.now, _, kind, name = heapq.heappop(self._world.events)
+            if kind == "arrive":
+                arrived.append(name)
+                continue
+            running = self._world.nodes[name].jobs
+            ended = _task_of(running[0].key) if kind == "end" else None
+            self._world.happen(kind, name)
+            if ended is not None:
+                self._release(ended, arrived, date)
+        if arrived:
+            arrived.sort(key=self._order.__getitem__)
+            self._broker.submit([self._task(name) for name in arrived])
+
+    def _release(self, ended: str, arrived: list[str], date: float) -> None:
+        """Tasks that waited for `ended` only, and were submitted, may start now."""
+        for name in self._followers.get(ended, ()):
+            self._waits[name].discard(ended)
+            if not self._waits[name]:
+                submission = self._tasks[name].submission
+                if submission <= date:
+                    arrived.append(name)
+                else:
+                    self._world.push(submission, "arrive", name)
+
+    def _task(self, name: str) -> Task:
+        return Task(
+            key=name,
+            name=name,
+            rule="task",
+            jobid=name,
+            strategy=self._scenario.strategy,
+            need=Need(1, 1),
+            command="",
+            planned=self._tasks[name].predicted,
+        )
+
+    def _outcome(self) -> Outcome:
+        billing = self._scenario.billing
+        uptimes = [
+            vm.ended - (vm.meter or vm.requested)
+            for vm in self._broker.vms()
+            if vm.ended is not None
+        ]
+        return Outcome(
+            vms=len(uptimes),
+            units=sum(billing.units(uptime) for uptime in uptimes),
+            billed=sum(billing.billed(uptime) for uptime in uptimes),
+            uptime=sum(uptimes),
+            busy=sum(task.real for task in self._tasks.values()),
+            makespan=max(self._world.ended.values()),
+        )
+
+
+def _task_of(key: str) -> str:
+    """The task of a submission's key, `TASK.ATTEMPT`."""
+    return key.rpartition(".")[0]
+
+
+def simulate(tasks: TaskList, scenario: Scenario) -> Outcome:
+    return Simulation(tasks, scenario).run()

@@ -1,0 +1,124 @@
+"""Task lists: the `.tasks` format of the SimSchlouder archive, read and checked.
+
+    [boots]
+    boot_time [provisioning_date [lag_time [monitoring_time]]]      one line per VM, seconds
+    [tasks]
+    name submission walltime_prediction [~ real_walltime] [more numbers] [-> dep1 dep2 ...]
+
+Blank lines mean nothing. Without `~` the prediction was exact. What follows the walltimes (run time,
+bytes, management time) is contained in the real walltime and not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from .model import SchlouderError
+
+
+@dataclass(frozen=True)
+class RecordedBoot:
+    """A VM's boot: it took `seconds` from `provisioned` (a date, seconds) on, and its first task began
+    `lag` s later."""
+
+    seconds: float
+    provisioned: float = 0.0
+    lag: float = 0.0
+
+
+@dataclass(frozen=True)
+class RecordedTask:
+    """`submission` is a date, `predicted` the user's estimate, `real` what it took; all in seconds."""
+
+    name: str
+    submission: float
+    predicted: float
+    real: float
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskList:
+    tasks: tuple[RecordedTask, ...]
+    boots: tuple[RecordedBoot, ...] = field(default=())
+
+
+def read(path: Path) -> TaskList:
+    """The task list in `path`; SchlouderError names file, line and what was expected."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise SchlouderError(f"{path}: cannot be read: {error.strerror}") from error
+    boots, tasks, section = [], [], ""
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{path}, line {number}"
+        words = line.split()
+        if not words:
+            continue
+        if words[0] in ("[boots]", "[tasks]"):
+            section = words[0]
+        elif section == "[boots]":
+            boots.append(_boot(words, where))
+        elif section == "[tasks]":
+            tasks.append(_task(words, where))
+        else:
+            raise SchlouderError(f"{where}: expected [boots] or [tasks] first, found {line!r}")
+    if not tasks:
+        raise SchlouderError(f"{path}: expected at least one line below [tasks]")
+    _check_order(tasks, path)
+    return TaskList(tuple(tasks), tuple(boots))
+
+
+def _boot(words: list[str], where: str) -> RecordedBoot:
+    if len(words) > 4:
+        raise SchlouderError(f"{where}: expected 1 to 4 numbers for a boot, found {len(words)}")
+    return RecordedBoot(*(_seconds(word, where) for word in words[:3]))
+
+
+def _task(words: list[str], where: str) -> RecordedTask:
+    after: tuple[str, ...] = ()
+    if "->" in words:
+        arrow = words.index("->")
+        words, after = words[:arrow], tuple(words[arrow + 1 :])
+        if not after:
+            raise SchlouderError(f"{where}: expected the names of tasks behind ->")
+    if len(words) < 3:
+        raise SchlouderError(
+            f"{where}: expected: name submission walltime_prediction [~ real_walltime] ..."
+        )
+    submission, predicted = _seconds(words[1], where), _seconds(words[2], where)
+    real = predicted
+    if words[3:4] == ["~"]:
+        if len(words) < 5:
+            raise SchlouderError(f"{where}: expected the real walltime behind ~")
+        real = _seconds(words[4], where)
+    return RecordedTask(words[0], submission, predicted, real, after)
+
+
+def _seconds(word: str, where: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise SchlouderError(f"{where}: expected seconds, found {word!r}") from None
+    if not 0 <= value < float("inf"):
+        raise SchlouderError(f"{where}: expected seconds of at least 0, found {word}")
+    return value
+
+
+def _check_order(tasks: list[RecordedTask], path: Path) -> None:
+    names = {task.name for task in tasks}
+    if len(names) < len(tasks):
+        twice = next(task.name for task in tasks if sum(t.name == task.name for t in tasks) > 1)
+        raise SchlouderError(f"{path}: expected every task once, found {twice} twice")
+    for task in tasks:
+        for name in task.after:
+            if name not in names:
+                raise SchlouderError(f"{path}: {task.name} waits for {name}, which is no task")
+    try:
+        TopologicalSorter({task.name: task.after for task in tasks}).prepare()
+    except CycleError as error:
+        raise SchlouderError(
+            f"{path}: tasks wait for each other: {' -> '.join(error.args[1])}"
+        ) from None
