@@ -564,6 +564,8 @@ class Broker:
             vm = self._choose(task, kind, pool)
             if vm is not None:
                 self._assign(task, vm)
+            elif task.state in TASK_ENDED:
+                continue
             elif self._refusal and not pool:
                 self._end(task, TaskState.FAILED, f"no VM can be started: {self._refusal}")
             else:
@@ -580,14 +582,28 @@ class Broker:
         fleet = Fleet(
             pool, self._clock(), self._boot_time(), self._may_start(), self._config.billing
         )
-        chosen = self._strategy(task.strategy).choose(task, fleet)
-        if chosen is not None:
+        chosen = self._ask(task, fleet)
+        if chosen is not None or task.state in TASK_ENDED:
             return chosen
         if not self._may_start():
             return fleet.idle_first()
         started = self._plan_vm(task.strategy, kind)
         pool.append(started)
         return started
+
+    def _ask(self, task: Task, fleet: Fleet) -> VM | None:
+        """What the strategy says. One that fails, or names a VM it was not shown, ends the run."""
+        try:
+            chosen = self._strategy(task.strategy).choose(task, fleet)
+            if chosen is not None and not any(chosen is vm for vm in fleet.vms):
+                raise ValueError(f"it chose {chosen!r}, which is no VM of its fleet")
+        except Exception as error:
+            self._stopping = True
+            message = f"strategy {task.strategy!r} failed: {error!r}"
+            self._log.error(f"{message}. Nothing further is started; what runs goes on.")
+            self._end(task, TaskState.FAILED, message)
+            return None
+        return chosen
 
     def _assign(self, task: Task, vm: VM) -> None:
         memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus

@@ -105,8 +105,8 @@ class Billing:
 
     def left_of_quantum(self, until_idle: float, quantum: float) -> float:
         """R: seconds left of the quanta begun when a VM has `until_idle` seconds from its request to
-        its idle date, margin included."""
-        used = until_idle + self.margin
+        its idle date, margin included. A unit shorter than the margin is not worth keeping clear of."""
+        used = until_idle + (self.margin if self.unit > self.margin else 0.0)
         return max(1, math.ceil(used / quantum)) * quantum - used
 
     def retires_in(self, uptime: float, idle_for: float, boot_time: float) -> float:

@@ -27,7 +27,8 @@ class ExecutorSettings(ExecutorSettingsBase):
         default="one-vm-per-job",
         metadata=_setting(
             "How many VMs to start and which job goes to which: "
-            f"{', '.join(strategies.known())}. A rule may name its own with the resource schlouder_strategy.",
+            f"{', '.join(strategies.known())}, or your own as module:Class. "
+            "A rule may name its own with the resource schlouder_strategy.",
             metavar="NAME",
         ),
     )
@@ -173,11 +174,10 @@ def rule_settings(
     A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
     """
     strategy = _known(resources.get("schlouder_strategy")) or config.strategy
-    if strategy not in strategies.known():
-        raise SchlouderError(
-            f"rule {rule}: schlouder_strategy: {strategy!r} is unknown; known are "
-            f"{', '.join(strategies.known())}"
-        )
+    try:
+        strategies.make(strategy)
+    except SchlouderError as error:
+        raise SchlouderError(f"rule {rule}: schlouder_{error}") from error
     memory = _integer(rule, "mem_mb", _known(resources.get("mem_mb")))
     runtime = _integer(rule, "runtime", _known(resources.get("runtime")))
     limit = None if runtime is None else runtime * 60.0
@@ -199,11 +199,10 @@ def seconds(setting: str, value: Any) -> float:
 
 def _wrong_names(settings: ExecutorSettings) -> list[str]:
     problems = []
-    if settings.strategy not in strategies.known():
-        problems.append(
-            f"--schlouder-strategy: {settings.strategy!r} is unknown; "
-            f"known are {', '.join(strategies.known())}"
-        )
+    try:
+        strategies.make(settings.strategy or "")
+    except SchlouderError as error:
+        problems.append(f"--schlouder-{error}")
     if not settings.image:
         problems.append(
             "--schlouder-image: not given; the id of a machine image (ami-...) is needed"

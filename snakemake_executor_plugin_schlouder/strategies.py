@@ -6,9 +6,13 @@ so that the same object serves a live run and a simulation.
 
 from __future__ import annotations
 
+import importlib
 from typing import ClassVar, Protocol
 
 from .model import VM, Fleet, SchlouderError, Task
+
+ENTRY_POINTS = "schlouder.strategies"
+"""The group under which packages offer strategies of their own."""
 
 
 class Strategy(Protocol):
@@ -107,15 +111,47 @@ _STRATEGIES = {cls.name: cls for cls in _CLASSICS}
 
 
 def known() -> list[str]:
-    """The names a user may write."""
+    """The names of the built-in strategies."""
     return sorted(_STRATEGIES)
 
 
 def make(name: str) -> Strategy:
-    """The strategy called `name`; SchlouderError lists the known ones if there is none."""
+    """The strategy a user named: a built-in one, `module:Class`, or the name of an entry point of the
+    group `schlouder.strategies`. SchlouderError says what is wrong with the name."""
+    found = _STRATEGIES.get(name) or (_imported(name) if ":" in name else _entry_point(name))
     try:
-        return _STRATEGIES[name]()
-    except KeyError:
+        strategy = found()
+    except Exception as error:
+        raise SchlouderError(f"strategy: {name!r} cannot be made: {error!r}") from error
+    missing = [part for part in _PARTS if not hasattr(strategy, part)]
+    if missing:
+        raise SchlouderError(f"strategy: {name!r} is no strategy; it lacks {', '.join(missing)}")
+    return strategy
+
+
+_PARTS = ("name", "reuses_vms", "one_type", "choose")
+
+
+def _imported(name: str) -> type[Strategy]:
+    module, _, attribute = name.partition(":")
+    try:
+        found: type[Strategy] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SchlouderError(f"strategy: {name!r} cannot be imported: {error}") from error
+    return found
+
+
+def _entry_point(name: str) -> type[Strategy]:
+    from importlib.metadata import entry_points
+
+    points = entry_points(group=ENTRY_POINTS)
+    if name not in points.names:
+        names = ", ".join([*known(), *sorted(points.names)])
         raise SchlouderError(
-            f"strategy: {name!r} is unknown; known are {', '.join(known())}"
-        ) from None
+            f"strategy: {name!r} is unknown; known are {names}; or give your own as module:Class"
+        )
+    try:
+        found: type[Strategy] = points[name].load()
+    except Exception as error:
+        raise SchlouderError(f"strategy: {name!r} cannot be imported: {error!r}") from error
+    return found

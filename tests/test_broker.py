@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from fakes import FakeCloud, FakeSlurm, World, witness
 
+from snakemake_executor_plugin_schlouder import strategies
 from snakemake_executor_plugin_schlouder.broker import MAX_ATTEMPTS, Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
 from snakemake_executor_plugin_schlouder.model import (
+    VM,
     Billing,
+    Fleet,
     InstanceType,
     Need,
     Task,
@@ -531,3 +534,35 @@ def test_a_journal_that_cannot_be_written_keeps_no_vm_alive(rig: Rig) -> None:
     rig.broker.release()
     assert rig.world.alive() == []
     assert rig.world.nodes == {}
+
+
+class Raising(strategies.Asap):
+    """A user's strategy with a bug."""
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        raise KeyError("oh")
+
+
+class Inventing(strategies.Asap):
+    """A user's strategy that hands out a VM nobody has."""
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        return VM("mine", "s", SMALL, "t", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("test_broker:Raising", "KeyError('oh')"), ("test_broker:Inventing", "no VM of its fleet")],
+)
+def test_a_users_strategy_that_fails_is_named_and_ends_the_run_cleanly(
+    rig: Rig, name: str, message: str
+) -> None:
+    running = rig.give(1, seconds=30)[0]
+    rig.run(15)
+    bad = rig.give(3, strategy=name)
+    rig.run(60)
+    assert rig.ended[running.key].state == TaskState.COMPLETE
+    assert message in rig.ended[bad[0].key].reason
+    assert name in rig.ended[bad[0].key].reason
+    assert len(rig.ended) == 4
+    assert rig.world.alive() == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as values
@@ -170,3 +172,39 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
         match="known are afap, asap, first-fit, one-vm-for-all, one-vm-per-job, worst-fit",
     ):
         strategies.make("fastest-ever")
+
+
+def test_a_strategy_of_the_users_own_is_named_by_module_and_class() -> None:
+    assert isinstance(
+        strategies.make("snakemake_executor_plugin_schlouder.strategies:Asap"), strategies.Asap
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:X", "cannot be imported"),
+        ("json:NoSuchClass", "cannot be imported"),
+        (":X", "cannot be imported"),
+        ("json:JSONDecoder", "is no strategy; it lacks name, reuses_vms, one_type, choose"),
+        ("json:loads", "cannot be made"),
+    ],
+)
+def test_what_is_no_strategy_is_told(name: str, message: str) -> None:
+    with pytest.raises(SchlouderError) as caught:
+        strategies.make(name)
+    assert message in str(caught.value)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_package_may_offer_strategies_by_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[schlouder.strategies]\nmine = snakemake_executor_plugin_schlouder.strategies:Afap\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(strategies.make("mine"), strategies.Afap)

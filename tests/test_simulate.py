@@ -88,7 +88,7 @@ def test_with_seconds_an_idle_vm_ends_after_the_time_of_a_boot() -> None:
 
 def test_with_seconds_afap_fills_vms_to_the_planning_quantum() -> None:
     """Boots of 40 s, a tenth of a life: VMs of about 400 s, so two tasks of 150 s each."""
-    outcome = played(batch(*[150] * 6), "afap", billing=Billing(1, 60, 0))
+    outcome = played(batch(*[150] * 6), "afap", billing=Billing(1, 60))
     assert outcome.vms == 3
 
 
