@@ -46,10 +46,10 @@ from .slurm import (
     NodeStatus,
     SubmissionRefused,
 )
-from .slurm.script import exit_code, job_script
+from .slurm.script import exit_code, job_script, revoke
 from .slurm.states import JobPhase, sentence_of
 
-MAX_ATTEMPTS = 3
+MAX_LOSSES = 3
 """Machines a task may lose before it counts as failed."""
 
 MAX_BOOT_FAILURES = 3
@@ -57,9 +57,12 @@ MAX_BOOT_FAILURES = 3
 
 _LEAVING = frozenset({VMState.DRAINING, VMState.TERMINATING, VMState.GONE})
 _ABSENT_VIEWS = 3
+_ABSENT_JOB = 5.0
+_LATE_SUBMISSION = 15.0
 _ABSENT_DESCRIBES = 5
 _CONSISTENCY_WINDOW = 120.0
 _DESCRIBE_SELDOM = 15.0
+_JOURNAL_PATIENCE = 300.0
 _LAUNCH_BACKOFF = 60.0
 _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
@@ -114,8 +117,10 @@ class Broker:
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
         witness: Callable[[Path], int | None] = exit_code,
+        revoke: Callable[[Path], None] = revoke,
     ) -> None:
-        """`witness` reads the exit code a job's script left in a file, None if there is none."""
+        """`witness` reads the exit code a job's script left in a file, None if there is none; `revoke`
+        forbids the script with this exit-code file to begin."""
         self._config = config
         self._cloud = cloud
         self._cluster = cluster
@@ -125,6 +130,7 @@ class Broker:
         self._sleep = sleep
         self._boots = boots or MeasuredBoots()
         self._witness = witness
+        self._revoke = revoke
         self._lock = threading.RLock()
         self._inbox: list[Task] = []
         self._strategies: dict[str, strategies.Strategy] = {}
@@ -132,12 +138,11 @@ class Broker:
         self._waiting: list[Task] = []
         self._vms: dict[str, VM] = {}
         self._submitted: dict[str, Task] = {}
-        self._absent_jobs: dict[str, int] = {}
+        self._absent_jobs: dict[str, tuple[int, float]] = {}
         self._absent_vms: dict[str, int] = {}
         self._boot_failures = 0
         self._refusal = ""
         self._stopping = False
-        self._releasing = False
         self._released = False
         self._vm_count = 0
         self._described = 0.0
@@ -145,6 +150,7 @@ class Broker:
         self._dirty_vms: dict[str, VM] = {}
         self._dirty_tasks: dict[str, Task] = {}
         self._events: list[tuple[float, str, str]] = []
+        self._journal_failed: float | None = None
         self._told: set[str] = set()
 
     # -- what the executor calls
@@ -181,9 +187,11 @@ class Broker:
             if self._stopping:
                 self._drop_unsubmitted()
             self._place_all()
-            self._launch_planned()
+            if self._flush():
+                self._launch_planned()
+                if view is not None:
+                    self._submit_ready()
             if view is not None:
-                self._submit_ready()
                 self._retire_idle()
             self._flush()
             ended, self._ended = self._ended, []
@@ -224,7 +232,7 @@ class Broker:
         A VM on which somebody else's job runs is kept: nothing of others is ever killed. A journal
         that cannot be written keeps no VM alive.
         """
-        self._stopping = self._releasing = True
+        self._stopping = True
         with self._lock:
             left = [vm for vm in self._vms.values() if not vm.is_settled]
             if self._released or not self._vms:
@@ -343,6 +351,7 @@ class Broker:
             self._requeue_planned(vm)
             vm.state = VMState.DRAINING
             self._note(vm, f"was drained by somebody else: {node.reason}")
+            self._recall([t for t in vm.active.values() if t.state == TaskState.SUBMITTED])
 
     def _update_tasks(self, view: ClusterView) -> None:
         for key, task in list(self._submitted.items()):
@@ -374,11 +383,34 @@ class Broker:
         elif status.phase == JobPhase.SUCCEEDED:
             task.ended = status.ended
             self._judge(task, self._witness(self._config.exit_file(task)) or 0)
-        elif status.phase == JobPhase.FAILED:
+        elif status.phase == JobPhase.FAILED and not task.recalled:
             task.ended = status.ended
             self._finish(task, TaskState.FAILED, self._failure(task, status))
-        elif status.phase == JobPhase.LOST:
-            self._lost(self._vm_of(task), sentence_of(status.state))
+        elif status.phase in (JobPhase.FAILED, JobPhase.LOST):
+            self._replace(task, sentence_of(status.state))
+        elif task.recalled:
+            self._recall([task])
+
+    def _replace(self, task: Task, why: str) -> None:
+        """A submission has ended without the task's doing. Where the machine is the cause, the task waits
+        until that is gone: it may still write."""
+        vm = self._vm_of(task)
+        if vm.state == VMState.GONE:
+            self._rescue(vm, task)
+        elif task.recalled and vm.state != VMState.TERMINATING:
+            self._again(vm, task)
+        else:
+            self._lost(vm, why)
+
+    def _recall(self, tasks: Sequence[Task]) -> None:
+        """Takes submissions back, so that none of them can start elsewhere or later. What becomes of
+        their tasks is decided when Slurm says that they have ended."""
+        for task in tasks:
+            task.recalled = True
+            self._revoke(self._config.exit_file(task))
+        known = [task.slurm_id for task in tasks if task.slurm_id is not None]
+        if known:
+            self._try_cluster(lambda: self._cluster.cancel(known))
 
     def _missing(self, key: str, task: Task) -> None:
         """Slurm does not know the submission. Unknown is neither success nor failure."""
@@ -386,12 +418,27 @@ class Broker:
         if code is not None:
             task.ended = self._clock()
             self._judge(task, code)
-        else:
-            seen = self._absent_jobs[key] = self._absent_jobs.get(key, 0) + 1
-            if seen >= _ABSENT_VIEWS and task.slurm_id is None:
-                self._unsubmit(key, task)
-            elif seen >= _ABSENT_VIEWS:
-                self._lost(self._vm_of(task), f"Slurm job {task.slurm_id} vanished")
+        elif self._is_gone(key, task):
+            if task.slurm_id is None and self._vm_of(task).state != VMState.GONE:
+                self._revoke(self._config.exit_file(task))
+                self._again(self._vm_of(task), task)
+            else:
+                self._replace(task, f"Slurm job {task.slurm_id} vanished")
+
+    def _is_gone(self, key: str, task: Task) -> bool:
+        """Absence counts only when it lasts, and, for a job that Slurm once had, when Slurm says so."""
+        since = self._absent_jobs.setdefault(key, (0, self._clock()))[1]
+        seen = self._absent_jobs[key][0] + 1
+        self._absent_jobs[key] = (seen, since)
+        patience = _LATE_SUBMISSION if task.slurm_id is None else _ABSENT_JOB
+        if seen < _ABSENT_VIEWS or self._clock() - since < patience:
+            return False
+        if task.slurm_id is None:
+            return True
+        try:
+            return not self._cluster.knows(task.slurm_id)
+        except ClusterUnavailable:
+            return False
 
     def _judge(self, task: Task, code: int) -> None:
         if code == 0:
@@ -423,14 +470,18 @@ class Broker:
             self._ended.append(task)
             self._dirty(task)
 
-    def _unsubmit(self, key: str, task: Task) -> None:
-        """A submission whose reply was lost and which Slurm does not have: it is planned again."""
-        del self._submitted[key]
-        self._absent_jobs.pop(key, None)
-        vm = self._vm_of(task)
+    def _again(self, vm: VM, task: Task) -> None:
+        """A task whose submission is void is planned anew: on its VM while that takes work, else anywhere."""
+        self._submitted.pop(task.attempt_key, None)
+        self._absent_jobs.pop(task.attempt_key, None)
         vm.active.pop(task.key, None)
-        task.state = TaskState.SCHEDULED
-        vm.queue.insert(0, task)
+        task.slurm_id, task.started = None, None
+        if vm.is_open:
+            task.state = TaskState.SCHEDULED
+            vm.queue.insert(0, task)
+        else:
+            task.state, task.vm = TaskState.PENDING, None
+            self._waiting.insert(0, task)
         self._dirty(task)
 
     def _lost(self, vm: VM, reason: str) -> None:
@@ -442,6 +493,7 @@ class Broker:
         self._log.warning(f"{self._name(vm)} is given up: {reason}")
         self._note(vm, f"given up: {reason}")
         self._requeue_planned(vm)
+        self._recall(list(vm.active.values()))
         self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine lost"))
         self._terminate(vm)
 
@@ -488,8 +540,6 @@ class Broker:
             vm.node_deleted = True
         elif not vm.node_deleted:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
-        for task in list(vm.active.values()):
-            self._rescue(vm, task)
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it: its own witness decides, else it runs again."""
@@ -497,29 +547,38 @@ class Broker:
         if code is not None:
             task.ended = vm.ended
             self._judge(task, code)
-        elif task.losses + 1 >= MAX_ATTEMPTS or self._stopping:
+        elif task.losses + 1 >= MAX_LOSSES or self._stopping:
             self._finish(task, TaskState.FAILED, f"its machine was lost ({vm.reason})")
         else:
-            self._submitted.pop(task.attempt_key, None)
-            vm.active.pop(task.key, None)
             task.losses += 1
-            task.state, task.vm, task.slurm_id, task.started = TaskState.PENDING, None, None, None
-            self._waiting.insert(0, task)
-            self._dirty(task)
+            self._again(vm, task)
 
     def _finish_vms(self, view: ClusterView) -> None:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
         for vm in list(self._vms.values()):
             node = view.nodes.get(vm.name)
-            if vm.state == VMState.DRAINING and (node is None or node.is_drained):
-                self._delete_node(vm)
-                self._terminate(vm)
-            elif vm.state == VMState.DRAINING and vm.is_unused:
-                self._warn_of_guest(vm)
+            if vm.state == VMState.DRAINING and vm.is_unused:
+                self._leave(vm, node)
             elif vm.state == VMState.TERMINATING and self._is_overdue(vm):
                 self._terminate(vm)
             elif vm.state == VMState.GONE and (node is not None or not vm.node_deleted):
-                self._delete_node(vm)
+                self._forget_node(vm)
+
+    def _leave(self, vm: VM, node: NodeStatus | None) -> None:
+        """A VM that drains goes when no job is left on it; a drain that did not take is repeated."""
+        if node is None or node.is_drained:
+            self._delete_node(vm)
+            self._terminate(vm)
+        elif not node.state.startswith("drain"):
+            self._try_cluster(lambda: self._cluster.drain([vm.name], "schlouder: no work left"))
+        else:
+            self._warn_of_guest(vm)
+
+    def _forget_node(self, vm: VM) -> None:
+        """Not before Slurm has ended what was pinned to it: a later node may get its place in Slurm's
+        table, and with it the job."""
+        if not vm.active:
+            self._delete_node(vm)
 
     def _is_overdue(self, vm: VM) -> bool:
         """Whether the machine must be asked again to end: nobody heard, or nothing happened."""
@@ -661,7 +720,8 @@ class Broker:
         for vm in due:
             vm.state, vm.requested = VMState.REQUESTED, now
             self._note(vm, f"requesting a {vm.type.name}")
-        self._flush()
+        if not self._flush():
+            return
         requests = [LaunchRequest(vm.name, vm.token, vm.type, vm.requested) for vm in due]
         for vm, outcome in zip(due, self._cloud.launch(requests), strict=True):
             self._take_outcome(vm, outcome)
@@ -713,12 +773,14 @@ class Broker:
         """Hands the head of the VM's queue to Slurm; False if Slurm does not answer."""
         del vm.queue[0]
         task.attempt += 1
-        task.state = TaskState.SUBMITTED
+        task.state, task.recalled, task.submitted = TaskState.SUBMITTED, False, self._clock()
         vm.active[task.key] = task
         vm.idle_since = None
         self._submitted[task.attempt_key] = task
         self._dirty(task)
-        self._flush()
+        if not self._flush():
+            self._again(vm, task)
+            return False
         try:
             task.slurm_id = self._cluster.submit(self._request(vm, task))
         except ClusterUnavailable as error:
@@ -825,7 +887,7 @@ class Broker:
             self._describe()
             for vm in vms:
                 if not vm.node_deleted:
-                    self._delete_node(vm)
+                    self._remove_node(vm)
             safe = all(vm.ending and vm.node_deleted for vm in vms)
             late = self._clock() - begun > _LAST_BREATH
             if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
@@ -835,6 +897,13 @@ class Broker:
                 asked = self._clock()
                 self._terminate_all([vm for vm in vms if not vm.ending])
         return False
+
+    def _remove_node(self, vm: VM) -> None:
+        """A node that is still busy with our own ending jobs must be down before Slurm deletes it."""
+        self._delete_node(vm)
+        if not vm.node_deleted and vm.ending:
+            self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
+            self._delete_node(vm)
 
     def _why_kept(self, vm: VM, foreign: Mapping[str, list[str]]) -> str:
         if vm.name in foreign:
@@ -876,10 +945,11 @@ class Broker:
     def _dirty(self, task: Task) -> None:
         self._dirty_tasks[task.key] = task
 
-    def _flush(self) -> None:
-        """Writes down what changed. A journal that fails stops all new effects, but no giving back."""
+    def _flush(self) -> bool:
+        """Writes down what changed. While the journal cannot be written nothing new is started, but
+        what there is goes on, ends, and is given back; after a while the run is brought to its end."""
         if not (self._dirty_vms or self._dirty_tasks):
-            return
+            return self._journal_failed is None
         try:
             self._journal.write(
                 self._config.run,
@@ -888,12 +958,24 @@ class Broker:
                 self._events,
             )
         except sqlite3.Error as error:
-            if not self._releasing:
-                raise
-            self._tell(f"The journal cannot be written: {error}", logging.WARNING)
+            self._journal_fails(error)
+            return False
+        self._journal_failed = None
         self._dirty_vms.clear()
         self._dirty_tasks.clear()
         self._events.clear()
+        return True
+
+    def _journal_fails(self, error: sqlite3.Error) -> None:
+        if self._journal_failed is None:
+            self._journal_failed = self._clock()
+        self._tell(
+            f"The journal cannot be written ({error}); nothing new is started until it can.",
+            logging.ERROR,
+        )
+        if self._clock() - self._journal_failed > _JOURNAL_PATIENCE and not self._stopping:
+            self._stopping = True
+            self._log.error("The journal stays unwritable; the run ends with what is running.")
 
     def _tell(self, message: str, level: int) -> None:
         """Says a thing once a run, however often it happens."""

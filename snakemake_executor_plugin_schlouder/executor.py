@@ -15,8 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from .slurm.cli import SlurmCommands
 _PAUSE_BUSY = 0.5
 _PAUSE_QUIET = 1.0
 _LOOK_UP = 0.05
+_FAILED_ROUNDS = 60
 _LOG_LINES = 30
 
 
@@ -55,6 +55,9 @@ class Executor(RemoteExecutor):
         self._dropped = 0
         self._reported = False
         self._job_cores = 1
+        self._ending = False
+        self._handlers: dict[int, Any] = {}
+        self._failed_rounds = 0
         self._task_count = 0
         self._run = uuid.uuid4().hex[:8]
         super().__init__(workflow, logger)
@@ -132,20 +135,22 @@ class Executor(RemoteExecutor):
         self._wake.set()
         super().shutdown()
         self._report()
+        if threading.current_thread() is threading.main_thread():
+            self._restore_signals()
 
     def _give_back(self) -> None:
         if self._broker is None or self._journal is None:
             return
-        with _shielded(self.logger):
-            try:
-                self._broker.release()
-                self._journal.end_run(self._run, time.time())
-            except Exception as error:
-                self.logger.error(
-                    f"schlouder: not everything could be given back: {error!r}. Look for instances "
-                    f"with the tag schlouder:run={self._run}."
-                )
-                self.logger.debug("schlouder: trace", exc_info=True)
+        self._ending = True
+        try:
+            self._broker.release()
+            self._journal.end_run(self._run, time.time())
+        except Exception as error:
+            self.logger.error(
+                f"schlouder: not everything could be given back: {error!r}. Look for instances "
+                f"with the tag schlouder:run={self._run}."
+            )
+            self.logger.debug("schlouder: trace", exc_info=True)
 
     # -- opening
 
@@ -162,7 +167,7 @@ class Executor(RemoteExecutor):
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
         rules = self._rules(jobs)
-        cluster = SlurmCommands(config.partition)
+        cluster = SlurmCommands(config.partition, self.envvars())
         info = cluster.check()
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
         cloud = connect(_ec2_settings(config), join, _owner(), self._run)
@@ -262,21 +267,37 @@ class Executor(RemoteExecutor):
             )
 
     def _handle_signals(self) -> None:
-        """Snakemake itself only waits on SIGTERM; meanwhile nothing new must be started. A closed
-        terminal (SIGHUP, unless it is ignored as under nohup) counts as Ctrl-C, or the VMs would stay."""
+        """Snakemake itself only waits on SIGTERM; meanwhile nothing new must be started. The first
+        Ctrl-C ends the run, further ones must not interrupt the giving back. A closed terminal
+        (SIGHUP, unless it is ignored as under nohup) counts as Ctrl-C, or the VMs would stay."""
         if threading.current_thread() is not threading.main_thread():
             return
-        broker, snakemakes = self._broker, signal.getsignal(signal.SIGTERM)
-
-        def stop(number: int, frame: Any) -> None:
-            if broker is not None:
-                broker.stop()
-            if callable(snakemakes):
-                snakemakes(number, frame)
-
-        signal.signal(signal.SIGTERM, stop)
+        self._handle(signal.SIGTERM, self._on_terminate)
+        self._handle(signal.SIGINT, self._on_interrupt)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
+            self._handle(signal.SIGHUP, self._on_interrupt)
+
+    def _handle(self, number: int, handler: Callable[[int, Any], None]) -> None:
+        self._handlers[number] = signal.signal(number, handler)
+
+    def _on_terminate(self, number: int, frame: Any) -> None:
+        if self._broker is not None:
+            self._broker.stop()
+        snakemakes = self._handlers[number]
+        if callable(snakemakes):
+            snakemakes(number, frame)
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self._ending:
+            self.logger.info("VMs are being given back, please wait.")
+            return
+        self._ending = True
+        raise KeyboardInterrupt
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
 
     # -- results
 
@@ -285,9 +306,16 @@ class Executor(RemoteExecutor):
             return
         try:
             self._ended.update({task.key: task for task in self._broker.tick()})
+            self._failed_rounds = 0
         except Exception as error:
-            self.logger.warning(f"schlouder: a round failed and will be repeated: {error!r}")
+            self._failed_rounds += 1
+            if self._failed_rounds == 1:
+                self.logger.warning(f"schlouder: a round failed and will be repeated: {error!r}")
             self.logger.debug("schlouder: trace of the failed round", exc_info=True)
+            if self._failed_rounds >= _FAILED_ROUNDS:
+                raise WorkflowError(
+                    f"schlouder: {_FAILED_ROUNDS} rounds failed: {error!r}"
+                ) from error
 
     def _hand_on(self, info: SubmittedJobInfo, task: Task) -> None:
         if task.state == TaskState.COMPLETE:
@@ -301,14 +329,14 @@ class Executor(RemoteExecutor):
     def _report_failure(self, info: SubmittedJobInfo, task: Task) -> None:
         assert self._broker is not None
         log = self._broker.log_of(task)
-        where = f"on VM {task.vm} " if task.vm else ""
+        where = f" on VM {task.vm}" if task.vm else ""
         self.report_job_error(
             info,
-            msg=f"Job {task.name} {where}{task.reason}.\n{_tail(log)}",
+            msg=f"Job {task.name}{where}: {task.reason}.\n{_tail(log)}",
             aux_logs=[str(log)] if log.exists() else [],
         )
         if info.job.is_group():
-            self.logger.error(f"Group job {task.name} {where}{task.reason}.\n{_tail(log)}")
+            self.logger.error(f"Group job {task.name}{where}: {task.reason}.\n{_tail(log)}")
 
     def _ends_run(self, job: Any) -> bool:
         """Whether a failure of this attempt ends the workflow: no retry left and no --keep-going."""
@@ -373,20 +401,3 @@ def _tail(log: Path) -> str:
         return f"    (no log at {log})\n"
     shown = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
     return f"Last lines of {log}:\n{shown}\n"
-
-
-@contextmanager
-def _shielded(logger: LoggerExecutorInterface) -> Iterator[None]:
-    """While VMs are given back, a further Ctrl-C is answered but does not interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def answer(number: int, frame: Any) -> None:
-        logger.info("VMs are being given back, please wait.")
-
-    before = signal.signal(signal.SIGINT, answer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .model import VM, Task
+from .model import VM, SchlouderError, Task
 
 VERSION = 1
 
@@ -107,17 +107,43 @@ class Journal:
     def __init__(self, path: Path | str) -> None:
         self.set_aside: Path | None = None
         self._lock = threading.Lock()
-        if isinstance(path, Path):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            self._db = _opened(path)
+            self._db = self._open(path)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise SchlouderError(
+                f"the journal {path} cannot be opened: {error}; give a directory on a local disk that "
+                "you can write to in XDG_STATE_HOME"
+            ) from error
+
+    @classmethod
+    def reading(cls, path: Path) -> Journal:
+        """A journal that somebody else may be writing; nothing is made, changed or moved."""
+        journal = cls.__new__(cls)
+        journal.set_aside, journal._lock = None, threading.Lock()
+        try:
+            journal._db = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30
+            )
+            version = journal._db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise SchlouderError(f"the journal {path} cannot be read: {error}") from error
+        if version != VERSION:
+            raise SchlouderError(
+                f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
+            )
+        return journal
+
+    def _open(self, path: Path | str) -> sqlite3.Connection:
+        if not isinstance(path, Path):
+            return _opened(path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            return _opened(path)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError:
-            if not isinstance(path, Path):
-                raise
             self.set_aside = _moved_aside(path)
-            self._db = _opened(path)
+            return _opened(path)
 
     def close(self) -> None:
         with self._lock:

@@ -131,7 +131,8 @@ class Task:
 
     `limit` is the rule's `runtime` in seconds, `planned` what it is expected to take
     (`schlouder_walltime`, else `runtime`), `attempt` counts the submissions to Slurm, `losses` the
-    machines that were lost under it. `started` and
+    machines that were lost under it. `recalled`: we cancelled the submission and will make another.
+    `started` and
     `ended` are Slurm's times of the last attempt. The failure of a task with `ends_run` ends the run.
     """
 
@@ -152,6 +153,8 @@ class Task:
     vm: str | None = None
     attempt: int = 0
     losses: int = 0
+    recalled: bool = False
+    submitted: float = 0.0
     slurm_id: str | None = None
     reason: str = ""
 

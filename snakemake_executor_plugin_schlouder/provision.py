@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .model import InstanceType, SchlouderError
 
 if TYPE_CHECKING:
+    import boto3
+    from botocore.config import Config
     from mypy_boto3_ec2 import EC2Client
 
 TAG_OWNER = "schlouder:owner"
@@ -273,44 +275,69 @@ class Ec2Cloud:
 
 def connect(settings: Ec2Settings, join: Join, owner: str, run: str) -> Ec2Cloud:
     """An Ec2Cloud that can be expected to work; SchlouderError names the setting that is wrong."""
-    import boto3
     from botocore.config import Config
 
-    session = boto3.Session(region_name=settings.region or None)
+    session = _session(settings.region)
+    patient = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard"})
+    single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
+    ec2, launcher = _client(session, "ec2", patient), _client(session, "ec2", single)
+    _check_settings(ec2, settings)
+    endpoint = _client(session, "ssm", patient).meta.endpoint_url
+
+    def script(node: str, instance_type: InstanceType) -> str:
+        return user_data(join, session.region_name, endpoint, node, instance_type)
+
+    return Ec2Cloud(ec2, launcher, settings, owner, run, script)
+
+
+def _session(region: str) -> boto3.Session:
+    """A session with a region and credentials; SchlouderError says which is missing or wrong."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        session = boto3.Session(region_name=region or None)
+        credentials = session.get_credentials()
+    except BotoCoreError as error:
+        raise SchlouderError(f"AWS: {error}; see `aws configure`") from error
     if not session.region_name:
         raise SchlouderError(
             "--schlouder-region: no AWS region; give it, or set AWS_DEFAULT_REGION "
             "or a region in ~/.aws/config"
         )
-    if session.get_credentials() is None:
+    if credentials is None:
         raise SchlouderError(
             "AWS: no credentials found; run `aws configure`, set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or use a machine with an instance profile"
         )
-    patient = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard"})
-    single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
-    ec2 = session.client("ec2", config=patient)
-    _check_settings(ec2, settings)
-    endpoint = session.client("ssm").meta.endpoint_url
+    return session
 
-    def script(node: str, instance_type: InstanceType) -> str:
-        return user_data(join, session.region_name, endpoint, node, instance_type)
 
-    return Ec2Cloud(ec2, session.client("ec2", config=single), settings, owner, run, script)
+def _client(session: boto3.Session, service: str, config: Config) -> Any:
+    from botocore.exceptions import BotoCoreError, InvalidRegionError
+
+    try:
+        return session.client(service, config=config)  # type: ignore[call-overload]
+    except InvalidRegionError as error:
+        raise SchlouderError(
+            f"--schlouder-region: {session.region_name!r} is no AWS region such as eu-west-1"
+        ) from error
+    except (BotoCoreError, ValueError) as error:
+        raise SchlouderError(f"AWS: {error}; check AWS_ENDPOINT_URL and ~/.aws/config") from error
 
 
 def instance_types(region: str, names: Sequence[str]) -> list[InstanceType]:
     """What EC2 says of these types, in the order given; SchlouderError names one it does not know."""
-    import boto3
+    from botocore.config import Config
 
-    ec2 = boto3.Session(region_name=region or None).client("ec2")
+    ec2 = _client(_session(region), "ec2", Config(connect_timeout=5))
     replies = _asked(
         "--schlouder-instance-types",
         ", ".join(names),
         lambda: [
             described
             for page in ec2.get_paginator("describe_instance_types").paginate(
-                InstanceTypes=list(names)  # type: ignore[arg-type]
+                InstanceTypes=list(names)
             )
             for described in page["InstanceTypes"]
         ],

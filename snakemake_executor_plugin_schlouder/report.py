@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
-from .model import SchlouderError, VMState
+from .model import SchlouderError, TaskState, VMState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknown value
 
+_ID_WIDTH = 6
+
 NARROWEST = 100
 """Columns a table takes when the output is no terminal, and at least."""
 
@@ -29,7 +31,7 @@ def show(directory: Path, run: str | None) -> None:
     path = journal_path(directory)
     if not path.exists():
         raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
-    journal = Journal(path)
+    journal = Journal.reading(path)
     known = [record.run for record in journal.runs()]
     if not known:
         raise SchlouderError(f"no run of schlouder is known in {directory.resolve()}")
@@ -107,8 +109,9 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     parts: list[RenderableType] = [Text(_run_line(record, vms, tasks))]
     for vm in vms:
         parts.append(Text(f"\n{_vm_line(vm)}", style="bold"))
-        parts.append(_task_table([task for task in tasks if task.vm == vm.name]))
-    homeless = [task for task in tasks if task.vm is None]
+        ran = [task for task in tasks if task.vm == vm.name and not _never_started(task)]
+        parts.append(_task_table(ran))
+    homeless = [task for task in tasks if task.vm is None or _never_started(task)]
     if homeless:
         parts.append(Text("\nNot on any VM"))
         parts.append(_task_table(homeless))
@@ -149,27 +152,36 @@ def _vm_line(vm: VMRecord) -> str:
 
 
 def _task_table(tasks: list[TaskRecord]) -> RenderableType:
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
-    table.add_column("\nID", width=6, overflow="fold")
+    table.add_column("\nID", width=_ID_WIDTH)
     table.add_column("\nState", width=9)
     table.add_column("\nName", ratio=1, overflow="fold")
     table.add_column("\nSubmission", width=10)
     table.add_column("Duration\n(real / planned)", width=16)
     table.add_column("\nStart Date", width=10)
     table.add_column("End Date\n(real / planned)", width=19)
+    remarks: list[RenderableType] = []
     for task in sorted(tasks, key=lambda task: (task.started or float("inf"), task.received)):
         table.add_row(
-            task.jobid,
+            task.jobid if len(task.jobid) <= _ID_WIDTH else f"{task.jobid[: _ID_WIDTH - 1]}…",
             task.state,
-            task.name if not task.reason else f"{task.name}: {task.reason}",
+            task.name,
             _clock(task.received),
             f"{_seconds(_duration(task))} / {_seconds(task.planned)}",
             _clock(task.started),
             f"{_clock(task.ended)} / {_clock(_planned_end(task))}",
         )
-    return table
+        if task.reason and task.state != TaskState.CANCELLED:
+            remarks.append(Text(f"   {task.name}: {task.reason}"))
+    return Group(table, *remarks)
+
+
+def _never_started(task: TaskRecord) -> bool:
+    return task.state == TaskState.CANCELLED and task.started is None
 
 
 def _count(things: list[VMRecord], noun: str) -> str:

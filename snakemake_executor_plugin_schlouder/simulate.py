@@ -157,6 +157,9 @@ class _World:
 
     def cancel_run(self, run: str) -> None: ...
 
+    def knows(self, slurm_id: str) -> bool:
+        return slurm_id in self._jobs
+
     def cancel(self, slurm_ids: Sequence[str]) -> None: ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
@@ -233,6 +236,7 @@ class Simulation:
             clock=self._world.clock,
             boots=scenario.boots,
             witness=lambda path: None,
+            revoke=lambda path: None,
         )
 
     def run(self) -> Outcome:

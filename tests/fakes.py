@@ -34,6 +34,7 @@ class Machine:
     started: float
     cpus: int
     joined: bool = False
+    ends: float | None = None
 
 
 @dataclass
@@ -55,6 +56,7 @@ class World:
     nodes: dict[str, str] = field(default_factory=dict)
     jobs: dict[str, SlurmJob] = field(default_factory=dict)
     never_joins: bool = False
+    end_time: float = 0.0
 
     def clock(self) -> float:
         return self.now
@@ -65,6 +67,8 @@ class World:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         for machine in self.machines.values():
+            if machine.ends is not None and machine.ends <= self.now:
+                machine.instance = replace(machine.instance, state="terminated")
             ready = machine.started + self.boot_time <= self.now and not self.never_joins
             if machine.instance.is_alive and ready and not machine.joined:
                 machine.joined = True
@@ -146,7 +150,9 @@ class FakeCloud:
         for instance_id in instance_ids:
             machine = self.world.machines[instance_id]
             assert not self.world.running_on(machine.instance.node) or self.allow_kill
-            machine.instance = replace(machine.instance, state="terminated")
+            machine.instance = replace(machine.instance, state="shutting-down")
+            machine.ends = self.world.now + self.world.end_time
+            self.world.pass_time(0)
             self.terminated.append(instance_id)
 
     allow_kill = False
@@ -204,6 +210,13 @@ class FakeSlurm:
             if job.state in ("PENDING", "RUNNING"):
                 job.state, job.ended = "CANCELLED", self.world.now
 
+    def knows(self, slurm_id: str) -> bool:
+        self._answer()
+        return any(
+            job.slurm_id == slurm_id and key not in self.forgotten
+            for key, job in self.world.jobs.items()
+        )
+
     def cancel(self, slurm_ids: Sequence[str]) -> None:
         self._answer()
         for job in self.world.jobs.values():
@@ -229,7 +242,7 @@ class FakeSlurm:
 
     def delete(self, node: str) -> bool:
         self._answer()
-        if node in self.foreign:
+        if node in self.foreign or self.world.running_on(node):
             return False
         self.world.nodes.pop(node, None)
         self.deleted.append(node)

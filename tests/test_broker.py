@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from fakes import FakeCloud, FakeSlurm, World, witness
 
 from snakemake_executor_plugin_schlouder import strategies
-from snakemake_executor_plugin_schlouder.broker import MAX_ATTEMPTS, Broker, BrokerConfig
+from snakemake_executor_plugin_schlouder.broker import MAX_LOSSES, Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
 from snakemake_executor_plugin_schlouder.model import (
     VM,
@@ -27,7 +28,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRefused,
     TokenSpent,
 )
-from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable
+from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable, JobRequest
 
 SMALL = InstanceType("m5.large", 2, 8192)
 BIG = InstanceType("m5.4xlarge", 16, 65536)
@@ -51,6 +52,7 @@ class Rig:
             boot_timeout=100.0,
         )
         self.config = replace(config, **changes)  # type: ignore[arg-type]
+        self.config.files.mkdir(parents=True)
         self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
         self.broker = Broker(
             self.config,
@@ -306,14 +308,14 @@ def test_a_task_is_not_run_again_before_its_lost_machine_is_terminated(rig: Rig)
 
 def test_a_task_that_loses_every_machine_fails_in_the_end(rig: Rig) -> None:
     (task,) = rig.give(1, seconds=50)
-    for number in range(1, MAX_ATTEMPTS + 1):
+    for number in range(1, MAX_LOSSES + 1):
         rig.run(20)
         rig.world.kill_machine(f"schlouder-r1-{number}")
         rig.run(20)
     rig.run(20)
     assert rig.ended[task.key].state == TaskState.FAILED
     assert "machine was lost" in rig.ended[task.key].reason
-    assert len(rig.cloud.launched) == MAX_ATTEMPTS
+    assert len(rig.cloud.launched) == MAX_LOSSES
 
 
 def test_a_result_written_before_the_machine_died_counts(rig: Rig) -> None:
@@ -488,7 +490,7 @@ def test_a_submission_that_arrives_after_it_was_given_up_is_cancelled(rig: Rig) 
 
     rig.slurm.submit = delay  # type: ignore[method-assign]
     (task,) = rig.give(1, seconds=30)
-    rig.run(17)
+    rig.run(30)
     assert task.attempt == 2
     submit(late[0])
     rig.run(60)
@@ -506,34 +508,145 @@ def test_a_launch_that_took_long_to_get_through_does_not_count_as_a_slow_boot(ri
     assert len(rig.cloud.launched) == 1
 
 
-def test_nothing_starts_while_the_journal_cannot_be_written(rig: Rig) -> None:
-    write = rig.journal.write
+def breaks(journal: Journal) -> Callable[[], None]:
+    """Makes every write fail; returns what mends it."""
+    write = journal.write
 
-    def fail(*_values, **_named):  # type: ignore[no-untyped-def]
+    def fail(*_values: object, **_named: object) -> None:
         raise sqlite3.OperationalError("disk full")
 
+    def mend() -> None:
+        journal.write = write  # type: ignore[method-assign]
+
+    journal.write = fail  # type: ignore[method-assign]
+    return mend
+
+
+def test_nothing_starts_while_the_journal_cannot_be_written(rig: Rig) -> None:
     rig.give(1)
-    rig.journal.write = fail  # type: ignore[method-assign]
-    for _ in range(3):
-        with pytest.raises(sqlite3.OperationalError):
-            rig.tick()
+    mend = breaks(rig.journal)
+    rig.run(5)
     assert rig.cloud.launched == []
-    rig.journal.write = write  # type: ignore[method-assign]
+    mend()
     rig.run(60)
     assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_what_runs_ends_and_is_reported_though_the_journal_cannot_be_written(rig: Rig) -> None:
+    rig.give(2, seconds=30)
+    rig.run(20)
+    breaks(rig.journal)
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert rig.world.alive() == []
+
+
+def test_a_journal_that_stays_unwritable_ends_the_run(rig: Rig) -> None:
+    rig.give(1)
+    breaks(rig.journal)
+    rig.run(400)
+    assert rig.states() == [TaskState.CANCELLED]
 
 
 def test_a_journal_that_cannot_be_written_keeps_no_vm_alive(rig: Rig) -> None:
     rig.give(2, seconds=500)
     rig.run(20)
-
-    def fail(*_values, **_named):  # type: ignore[no-untyped-def]
-        raise sqlite3.OperationalError("disk full")
-
-    rig.journal.write = fail  # type: ignore[method-assign]
+    breaks(rig.journal)
     rig.broker.release()
     assert rig.world.alive() == []
     assert rig.world.nodes == {}
+
+
+def test_a_task_queued_ahead_on_a_lost_machine_is_recalled_before_it_runs_elsewhere(
+    tmp_path: Path,
+) -> None:
+    """Its old submission must never start, or the task would run twice."""
+    rig = Rig(tmp_path, max_vms=1)
+    rig.give(3, need=Need(2, 1000), seconds=40)
+    rig.run(20)
+    ahead = [job for job in rig.world.jobs.values() if job.state == "PENDING"]
+    assert len(ahead) == 1
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(300)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+    assert ahead[0].state == "CANCELLED"
+    assert list(rig.config.files.glob("*.revoked"))
+
+
+def test_a_node_drained_by_hand_gives_its_waiting_job_back(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=2)
+    rig.give(1, need=Need(2, 1000), seconds=60, strategy="one-vm-for-all")
+    rig.give(1, need=Need(2, 1000), seconds=60, strategy="one-vm-for-all")
+    rig.run(20)
+    rig.world.nodes["schlouder-r1-1"] = "draining"
+    rig.run(5)
+    assert [job.state for job in rig.world.jobs.values()] == ["RUNNING", "CANCELLED"]
+    rig.run(60)
+    rig.world.nodes["schlouder-r1-1"] = "drained"
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert [task.losses for task in rig.ended.values()] == [0, 0]
+
+
+def test_a_drain_that_did_not_get_through_is_repeated(rig: Rig) -> None:
+    drain, calls = rig.slurm.drain, []
+
+    def fail_once(nodes: Iterable[str], reason: str) -> None:
+        calls.append(reason)
+        if len(calls) == 1:
+            raise ClusterUnavailable("away")
+        drain(nodes, reason)
+
+    rig.slurm.drain = fail_once  # type: ignore[method-assign]
+    rig.give(1, seconds=5)
+    rig.give(1, seconds=300)
+    rig.run(60)
+    assert rig.world.alive() == ["schlouder-r1-2"]
+
+
+def test_a_node_that_was_resumed_by_hand_is_drained_again(rig: Rig) -> None:
+    rig.give(1, seconds=5)
+    rig.give(1, seconds=300)
+    rig.slurm.foreign = {"schlouder-r1-1": ["9"]}
+    rig.run(30)
+    rig.slurm.foreign = {}
+    rig.world.nodes["schlouder-r1-1"] = "idle"
+    rig.run(10)
+    assert rig.world.alive() == ["schlouder-r1-2"]
+
+
+def test_release_removes_the_nodes_of_machines_that_take_a_minute_to_end(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on EC2: the call returns while they are shutting down, and Slurm has no node of theirs."""
+    rig.world.end_time = 60.0
+    rig.cloud.allow_kill = True
+    rig.give(2, seconds=500)
+    rig.run(20)
+    before = rig.world.now
+    rig.broker.release()
+    assert rig.world.now - before < 10
+    assert rig.world.alive() == []
+    assert rig.world.nodes == {}
+    assert caplog.text == ""
+
+
+def test_lost_replies_do_not_count_as_lost_machines(rig: Rig) -> None:
+    submit, calls = rig.slurm.submit, []
+
+    def fail_thrice(job: JobRequest) -> str:
+        calls.append(job)
+        if len(calls) <= 3:
+            raise ClusterUnavailable("temporarily unable")
+        return submit(job)
+
+    rig.slurm.submit = fail_thrice  # type: ignore[method-assign]
+    (task,) = rig.give(1, seconds=100)
+    rig.run(80)
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(300)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert task.losses == 1
 
 
 class Raising(strategies.Asap):

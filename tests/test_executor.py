@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import snakemake.common.tests
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
-from workflows import Site, as_nobody, wait_for
+from workflows import Site, as_nobody, vm_pids, wait_for
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
@@ -160,7 +160,7 @@ rule bad:
     assert done.returncode == 1
     assert (site.directory / "good").exists()
     assert "the reason of the failure" in done.stdout
-    assert "ended with exit code 1" in done.stdout
+    assert ": ended with exit code 1." in done.stdout
     logs = list((site.directory / ".snakemake/schlouder").glob("*/*-bad.1.log"))
     assert len(logs) == 1
 
@@ -252,6 +252,51 @@ def test_ctrl_c_while_vms_boot_gives_them_back(site: Site) -> None:
     assert process.returncode != 0
 
 
+def test_signals_of_every_kind_in_quick_succession_leave_nothing(site: Site) -> None:
+    """A closing terminal sends SIGHUP more than once, and an impatient user everything."""
+    process = start_long_jobs(site, 600)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        time.sleep(0.05)
+    finish(process)
+    assert process.returncode != 0
+    site.assert_nothing_left()
+
+
+def test_a_vm_that_dies_runs_nothing_twice_and_loses_nothing(site: Site) -> None:
+    """One VM, two jobs running and one queued ahead in Slurm, when the machine is gone."""
+    write(
+        site,
+        """
+rule all:
+    input: expand("out/{i}.txt", i=range(4))
+rule one:
+    output: "out/{i}.txt"
+    resources: mem_mb=100
+    shell: "date +%s%N > running-{wildcards.i}-$$; sleep 6; rm running-{wildcards.i}-$$; touch {output}"
+""",
+    )
+    process = site.start("--schlouder-max-vms", "1")
+    pending = ["squeue", "--states=PENDING", "--noheader", "--format=%i"]
+    wait_for(
+        lambda: len(list(site.directory.glob("running-*"))) == 2 and bool(site.slurm(*pending)),
+        lambda: "no job is queued ahead",
+    )
+    (first,) = vm_pids(site.cloud)
+    os.kill(first, signal.SIGKILL)
+    for stale in site.directory.glob("running-*"):
+        stale.unlink()
+    while process.poll() is None:
+        running = [path.name.split("-")[1] for path in site.directory.glob("running-*")]
+        assert len(running) == len(set(running)), "a job runs twice at a time"
+        time.sleep(0.2)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "is given up" in output
+    assert "4 of 4 jobs complete" in output
+
+
 def test_sigterm_lets_running_jobs_end_and_starts_nothing_more(site: Site) -> None:
     process = start_long_jobs(site, 6)
     running = {path.name.removeprefix("started-") for path in started(site)}
@@ -305,6 +350,11 @@ rule one:
             "AWS: no credentials found",
         ),
         ([], {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS: EC2 cannot be reached"),
+        ([], {"AWS_ENDPOINT_URL": "nonsense"}, "AWS: Invalid endpoint: nonsense"),
+        ([], {"AWS_SECRET_ACCESS_KEY": ""}, "AWS: Partial credentials found"),
+        ([], {"AWS_PROFILE": "nope"}, "AWS: The config profile (nope) could not be found"),
+        (["--schlouder-region", "us east"], {}, "--schlouder-region: 'us east' is no AWS region"),
+        ([], {"XDG_STATE_HOME": "/dev/null"}, "the journal /dev/null"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_any_vm_starts(

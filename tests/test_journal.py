@@ -14,6 +14,7 @@ from snakemake_executor_plugin_schlouder.model import (
     VM,
     InstanceType,
     Need,
+    SchlouderError,
     Task,
     TaskState,
     VMState,
@@ -116,3 +117,34 @@ def test_the_table_shows_each_vm_with_its_tasks_real_against_planned() -> None:
     assert "Not on any VM" in text
     assert "\x1b" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    writer = Journal(path)
+    writer.begin_run(RUN)
+    assert Journal.reading(path).runs() == [RUN]
+    damaged = tmp_path / "damaged.sqlite"
+    damaged.write_bytes(b"no database " * 100)
+    with pytest.raises(SchlouderError, match="cannot be read"):
+        Journal.reading(damaged)
+    assert damaged.exists()
+
+
+def test_a_place_where_no_journal_can_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SchlouderError, match="XDG_STATE_HOME"):
+        Journal(tmp_path / "file" / "journal.sqlite")
+
+
+def test_a_failure_is_told_below_its_table_and_a_task_that_never_ran_is_on_no_vm() -> None:
+    journal = Journal(":memory:")
+    journal.begin_run(RUN)
+    failed = task(
+        1, state=TaskState.FAILED, vm="node-1", started=1.0, ended=2.0, reason="went wrong"
+    )
+    dropped = task(2, state=TaskState.CANCELLED, vm="node-1", reason="not started")
+    journal.write("r1", [machine()], [failed, dropped])
+    text = report.as_text(report.run_report(journal, "r1"))
+    assert "   search chunk=1: went wrong" in text
+    assert text.index("Not on any VM") < text.index("search chunk=2")

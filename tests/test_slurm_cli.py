@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,12 @@ from snakemake_executor_plugin_schlouder.slurm.cli import (
     parse_nodes,
     sbatch_arguments,
 )
-from snakemake_executor_plugin_schlouder.slurm.script import exit_code, job_script
+from snakemake_executor_plugin_schlouder.slurm.script import (
+    REVOKED,
+    exit_code,
+    job_script,
+    revoke,
+)
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase, phase_of, sentence_of
 
 REQUEST = JobRequest(
@@ -198,18 +204,56 @@ def test_a_failing_query_is_no_empty_answer(path: Path) -> None:
         SlurmCommands("schlouder").view("run")
 
 
-def test_settings_of_an_outer_slurm_job_do_not_reach_sbatch(
+def test_jobs_get_neither_options_in_disguise_nor_cloud_credentials(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "x")
-    monkeypatch.setenv("SNAKEMAKE_PROFILE", "p")
-    monkeypatch.setenv("SLURM_CONF", "/etc/c")
+    withheld = (
+        *("SLURM_MEM_PER_CPU", "SBATCH_ACCOUNT", "SQUEUE_PARTITION", "SNAKEMAKE_PROFILE"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"),
+    )
+    for name in (*withheld, "AWS_SESSION_TOKEN", "SLURM_CONF", "OTHER"):
+        monkeypatch.setenv(name, "x")
     commands(path, sbatch=f"env >{path}/seen; echo '12;cluster'")
-    assert SlurmCommands("schlouder").submit(REQUEST) == "12"
-    seen = (path / "seen").read_text()
-    assert "SLURM_CONF=/etc/c" in seen
-    assert not any(name in seen for name in ("SLURM_MEM_PER_CPU", "SBATCH_", "SNAKEMAKE_PROFILE"))
+    assert SlurmCommands("schlouder", ["AWS_SESSION_TOKEN"]).submit(REQUEST) == "12"
+    seen = {line.partition("=")[0] for line in (path / "seen").read_text().splitlines()}
+    assert {"SLURM_CONF", "OTHER", "AWS_SESSION_TOKEN"} <= seen
+    assert not seen.intersection(withheld)
+
+
+def test_other_peoples_jobs_are_told_from_ours_whatever_their_names(path: Path) -> None:
+    ours = "case \"$*\" in *--name=run*) echo 1;; *) printf '1|n1\\n2|n2,n3\\n';; esac"
+    commands(path, squeue=ours)
+    assert SlurmCommands("schlouder").foreign_jobs("run") == {"n2": ["2"], "n3": ["2"]}
+
+
+def test_output_that_is_no_text_is_no_crash(path: Path) -> None:
+    commands(path, sinfo="printf 'n1|idle|caf\\351\\n'")
+    assert SlurmCommands("schlouder").view("run").nodes["n1"].accepts_jobs
+
+
+def test_a_job_is_gone_only_when_slurm_says_so(path: Path) -> None:
+    commands(path, scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert not SlurmCommands("schlouder").knows("7")
+    commands(path, scontrol="echo 'JobId=7'")
+    assert SlurmCommands("schlouder").knows("7")
+    commands(path, scontrol="echo 'Socket timed out' >&2; exit 1")
+    with pytest.raises(ClusterUnavailable):
+        SlurmCommands("schlouder").knows("7")
+
+
+def test_a_percent_sign_in_a_path_is_no_pattern() -> None:
+    arguments = sbatch_arguments(replace(REQUEST, log=Path("/data/100%j/log")))
+    assert "--output=/data/100%%j/log" in arguments
+
+
+def test_a_revoked_script_does_nothing(tmp_path: Path) -> None:
+    exit_file = tmp_path / "x.exit"
+    revoke(exit_file)
+    script = job_script("t", f"touch {tmp_path}/ran", exit_file)
+    done = subprocess.run(["sh"], input=script, text=True, check=False)
+    assert done.returncode == REVOKED
+    assert not (tmp_path / "ran").exists()
+    assert exit_code(exit_file) is None
 
 
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 7", 7), ("false && true", 1)])

@@ -102,15 +102,25 @@ class Site:
 
 
 def vm_processes(cloud: LocalCloud) -> list[str]:
-    """Command lines of the first processes of this cloud's VMs."""
-    found = []
+    """Command lines of the first processes of this cloud's VMs, and of what starts them."""
+    return list(_vm_commands(cloud).values())
+
+
+def vm_pids(cloud: LocalCloud) -> list[int]:
+    """The first process of each of this cloud's VMs."""
+    lines = _vm_commands(cloud)
+    return [pid for pid, line in lines.items() if not line.startswith("unshare")]
+
+
+def _vm_commands(cloud: LocalCloud) -> dict[int, str]:
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if "vm_init.py" in line and str(cloud.folder) in line:
-            found.append(line)
+            found[int(path.parent.name)] = line
     return found
 
 

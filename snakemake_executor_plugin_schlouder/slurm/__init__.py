@@ -111,12 +111,16 @@ class Cluster(Protocol):
         """Cancels every job named `run`."""
         ...
 
+    def knows(self, slurm_id: str) -> bool:
+        """Whether Slurm has a record of this job; a job is not gone because a list lacks it."""
+        ...
+
     def cancel(self, slurm_ids: Sequence[str]) -> None:
         """Cancels these jobs; ended ones are no error."""
         ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
-        """Node name -> ids of jobs there that are not of `run`."""
+        """Node name -> ids of jobs there that are not named `run`."""
         ...
 
     def drain(self, nodes: Iterable[str], reason: str) -> None:

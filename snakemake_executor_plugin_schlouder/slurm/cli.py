@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from . import (
     ClusterInfo,
@@ -40,6 +40,10 @@ _TRANSIENT_SUBMIT = (
 )
 _JOB_FORMAT = "%i|%T|%S|%e|%k|%r"
 _NODE_FORMAT = "%N|%T|%E"
+_WITHHELD = (
+    *("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_", "SNAKEMAKE_PROFILE"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"),
+)
 _NODE_FLAGS = "*~#!%$@^-+"
 
 
@@ -59,7 +63,7 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         "--no-requeue",
         "--export=ALL",
         f"--chdir={job.workdir}",
-        f"--output={job.log}",
+        f"--output={str(job.log).replace('%', '%%')}",
     ]
     if job.limit is not None:
         arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")
@@ -145,8 +149,10 @@ def _time(text: str) -> float | None:
 class SlurmCommands:
     """The adapter. `partition` is the one whose nodes are ours."""
 
-    def __init__(self, partition: str) -> None:
+    def __init__(self, partition: str, passed: Collection[str] = ()) -> None:
+        """`passed` names the secrets of the environment that jobs may have."""
         self._partition = partition
+        self._passed = frozenset(passed)
 
     def check(self) -> ClusterInfo:
         missing = [command for command in COMMANDS if shutil.which(command) is None]
@@ -155,16 +161,17 @@ class SlurmCommands:
                 f"Slurm: {', '.join(missing)} not found in PATH; install Slurm's client commands "
                 "(Debian and Ubuntu: apt install slurm-client)"
             )
-        config = self._run(["scontrol", "show", "config"])
-        if config.returncode != 0:
-            raise ClusterUnfit(f"Slurm: slurmctld does not answer ({_last_line(config.stderr)})")
-        info = cluster_info(parse_config(config.stdout))
+        try:
+            config = self._read(["scontrol", "show", "config"])
+        except ClusterUnavailable as error:
+            raise ClusterUnfit(f"Slurm: slurmctld does not answer ({error})") from error
+        info = cluster_info(parse_config(config))
         self._check_partition()
         self._check_rights()
         return info
 
     def submit(self, job: JobRequest) -> str:
-        done = self._run(sbatch_arguments(job), stdin=job.script, env=_submit_environment())
+        done = self._run(sbatch_arguments(job), stdin=job.script)
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
         message = _last_line(done.stderr)
@@ -190,23 +197,32 @@ class SlurmCommands:
     def cancel_run(self, run: str) -> None:
         self._read(["scancel", f"--name={run}"])
 
+    def knows(self, slurm_id: str) -> bool:
+        done = self._run(["scontrol", "show", "job", slurm_id])
+        if done.returncode == 0:
+            return True
+        if "Invalid job id" in done.stderr:
+            return False
+        raise ClusterUnavailable(_last_line(done.stderr))
+
     def cancel(self, slurm_ids: Sequence[str]) -> None:
         self._read(["scancel", *slurm_ids])
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
+        ours = set(self._read(["squeue", f"--name={run}", "--noheader", "--format=%i"]).split())
         listed = self._read(
             [
                 "squeue",
                 f"--partition={self._partition}",
                 "--states=RUNNING,COMPLETING,SUSPENDED",
                 "--noheader",
-                "--format=%i|%N|%j",
+                "--format=%i|%N",
             ]
         )
         found: dict[str, list[str]] = {}
         for line in listed.splitlines():
-            slurm_id, nodes, name = line.split("|", 2)
-            if name != run:
+            slurm_id, _, nodes = line.partition("|")
+            if slurm_id not in ours:
                 for node in self._expand(nodes):
                     found.setdefault(node, []).append(slurm_id)
         return found
@@ -267,37 +283,34 @@ class SlurmCommands:
         if any(sign in done.stderr for sign in _UNREACHABLE):
             raise ClusterUnavailable(_last_line(done.stderr))
 
-    def _run(
-        self,
-        arguments: Sequence[str],
-        stdin: str = "",
-        env: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
+    def _run(self, arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
         try:
             return subprocess.run(
                 arguments,
                 input=stdin,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=TIMEOUT,
                 start_new_session=True,
                 check=False,
-                env={**(env or os.environ), "SLURM_TIME_FORMAT": "%s"},
+                env=_environment(self._passed),
             )
         except subprocess.TimeoutExpired:
             raise ClusterUnavailable(f"{arguments[0]}: no answer in {TIMEOUT:.0f} s") from None
 
 
-def _submit_environment() -> dict[str, str]:
-    """The caller's environment without what would change the meaning of our sbatch options: inside a
-    Slurm job SLURM_* and SBATCH_* describe that job, and a profile is Snakemake's, not the job's."""
-    return {
+def _environment(passed: Collection[str]) -> dict[str, str]:
+    """The caller's environment without what would change the meaning of our options (inside a Slurm job
+    SLURM_* describes that job; SQUEUE_*, SBATCH_* and their like are options), without Snakemake's
+    profile, and without cloud credentials: sbatch hands its environment on to the job."""
+    kept = {
         name: value
         for name, value in os.environ.items()
-        if name == "SLURM_CONF"
-        or not (name.startswith(("SLURM_", "SBATCH_")) or name == "SNAKEMAKE_PROFILE")
+        if name == "SLURM_CONF" or name in passed or not name.startswith(_WITHHELD)
     }
+    return {**kept, "SLURM_TIME_FORMAT": "%s"}
 
 
 def _last_line(text: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
+
+REVOKED = 75
+"""Exit code of a script that was revoked (EX_TEMPFAIL)."""
 
 
 def job_script(name: str, command: str, exit_file: Path) -> str:
     """A script that runs `command`, then writes its exit code to `exit_file` in one atomic step.
 
+    A script that was revoked before it began does nothing: it was taken for lost and made again.
     SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's
     commands must find the node's own configuration.
     """
@@ -18,6 +23,7 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
         [
             "#!/bin/sh",
             f"# {title}",
+            f"[ ! -e {shlex.quote(str(_revoked(exit_file)))} ] || exit {REVOKED}",
             '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
             "(",
             command,
@@ -28,6 +34,16 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
             "",
         ]
     )
+
+
+def revoke(exit_file: Path) -> None:
+    """Forbids the script with this exit-code file to begin, should it be started late."""
+    with contextlib.suppress(OSError):
+        _revoked(exit_file).touch()
+
+
+def _revoked(exit_file: Path) -> Path:
+    return exit_file.with_name(exit_file.name + ".revoked")
 
 
 def exit_code(exit_file: Path) -> int | None:
