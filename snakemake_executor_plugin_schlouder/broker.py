@@ -117,10 +117,10 @@ class Broker:
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
         witness: Callable[[Path], int | None] = exit_code,
-        revoke: Callable[[Path], None] = revoke,
+        revoke: Callable[[Path], bool] = revoke,
     ) -> None:
         """`witness` reads the exit code a job's script left in a file, None if there is none; `revoke`
-        forbids the script with this exit-code file to begin."""
+        forbids the script with this exit-code file to begin, and says whether it has begun."""
         self._config = config
         self._cloud = cloud
         self._cluster = cluster
@@ -419,11 +419,14 @@ class Broker:
             task.ended = self._clock()
             self._judge(task, code)
         elif self._is_gone(key, task):
-            if task.slurm_id is None and self._vm_of(task).state != VMState.GONE:
-                self._revoke(self._config.exit_file(task))
-                self._again(self._vm_of(task), task)
+            vm = self._vm_of(task)
+            begun = self._revoke(self._config.exit_file(task))
+            if vm.state == VMState.GONE:
+                self._rescue(vm, task)
+            elif task.slurm_id is None and not begun:
+                self._again(vm, task)
             else:
-                self._replace(task, f"Slurm job {task.slurm_id} vanished")
+                self._lost(vm, f"Slurm lost its job {task.slurm_id or task.attempt_key}")
 
     def _is_gone(self, key: str, task: Task) -> bool:
         """Absence counts only when it lasts, and, for a job that Slurm once had, when Slurm says so."""

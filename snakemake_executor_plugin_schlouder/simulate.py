@@ -236,7 +236,7 @@ class Simulation:
             clock=self._world.clock,
             boots=scenario.boots,
             witness=lambda path: None,
-            revoke=lambda path: None,
+            revoke=lambda path: False,
         )
 
     def run(self) -> Outcome:

@@ -15,6 +15,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     Instance,
     LaunchOutcome,
     LaunchRequest,
+    TokenSpent,
 )
 from snakemake_executor_plugin_schlouder.slurm import (
     ClusterInfo,
@@ -33,6 +34,7 @@ class Machine:
     instance: Instance
     started: float
     cpus: int
+    token: str
     joined: bool = False
     ends: float | None = None
 
@@ -47,9 +49,18 @@ class SlurmJob:
     started: float | None = None
     ended: float | None = None
 
+    @property
+    def task(self) -> str:
+        return self.request.key.rpartition(".")[0]
+
 
 @dataclass
 class World:
+    """`end_time`: seconds a machine takes to end. `revoked`: submissions whose script may not begin.
+
+    As in Slurm, a job that is pinned to a deleted node waits for the next node that takes its place.
+    """
+
     boot_time: float = 10.0
     now: float = 1000.0
     machines: dict[str, Machine] = field(default_factory=dict)
@@ -57,6 +68,8 @@ class World:
     jobs: dict[str, SlurmJob] = field(default_factory=dict)
     never_joins: bool = False
     end_time: float = 0.0
+    revoked: set[str] = field(default_factory=set)
+    displaced: list[SlurmJob] = field(default_factory=list)
 
     def clock(self) -> float:
         return self.now
@@ -72,12 +85,39 @@ class World:
             ready = machine.started + self.boot_time <= self.now and not self.never_joins
             if machine.instance.is_alive and ready and not machine.joined:
                 machine.joined = True
-                self.nodes[machine.instance.node] = "idle"
+                self._join(machine.instance.node)
         for job in self.jobs.values():
             self._advance(job)
 
+    def _join(self, node: str) -> None:
+        self.nodes[node] = "idle"
+        for job in self.displaced:
+            job.request = replace(job.request, node=node)
+        self.displaced.clear()
+
+    def remove_node(self, node: str) -> None:
+        if self.nodes.pop(node, None) is not None:
+            self.displaced += [
+                job
+                for job in self.jobs.values()
+                if job.request.node == node and job.state == "PENDING"
+            ]
+
+    def twice_at_a_time(self) -> list[str]:
+        """Tasks that run more than once at this moment on machines that can still write."""
+        running = [
+            job.task
+            for job in self.jobs.values()
+            if job.started is not None
+            and job.state in ("RUNNING", "NODE_FAIL")
+            and self.machine_of(job.request.node).instance.state != "terminated"
+            and self.now < job.started + job.walltime
+        ]
+        return [task for task in set(running) if running.count(task) > 1]
+
     def machine_of(self, node: str) -> Machine:
-        return next(m for m in self.machines.values() if m.instance.node == node)
+        """The newest machine of that name; an older one's launch was never answered."""
+        return [m for m in self.machines.values() if m.instance.node == node][-1]
 
     def kill_machine(self, node: str, reason: str = "Server.SpotInstanceTermination") -> None:
         machine = self.machine_of(node)
@@ -90,6 +130,8 @@ class World:
         node = job.request.node
         if job.state == "PENDING" and self._free_cpus(node) >= job.request.cpus:
             job.state, job.started = "RUNNING", self.now
+            if job.request.key in self.revoked:
+                job.state, job.ended = "FAILED", self.now
         elif (
             job.state == "RUNNING"
             and job.started is not None
@@ -132,10 +174,15 @@ class FakeCloud:
             return CloudUnavailable("away")
         if self.refusals:
             return self.refusals.pop(0)
+        for machine in self.world.machines.values():
+            if machine.token == request.token:
+                return machine.instance if machine.instance.is_alive else TokenSpent("ended")
         self.launched.append(request)
         instance_id = f"i-{len(self.world.machines):04d}"
         instance = Instance(instance_id, request.node, self.run, "pending", request.type.name, "")
-        self.world.machines[instance_id] = Machine(instance, self.world.now, request.type.cpus)
+        self.world.machines[instance_id] = Machine(
+            instance, self.world.now, request.type.cpus, request.token
+        )
         return instance
 
     def instances(self, run: str) -> list[Instance]:
@@ -150,8 +197,9 @@ class FakeCloud:
         for instance_id in instance_ids:
             machine = self.world.machines[instance_id]
             assert not self.world.running_on(machine.instance.node) or self.allow_kill
-            machine.instance = replace(machine.instance, state="shutting-down")
-            machine.ends = self.world.now + self.world.end_time
+            if machine.instance.is_alive:
+                machine.instance = replace(machine.instance, state="shutting-down")
+                machine.ends = self.world.now + self.world.end_time
             self.world.pass_time(0)
             self.terminated.append(instance_id)
 
@@ -199,6 +247,9 @@ class FakeSlurm:
             for key, job in self.world.jobs.items()
             if key not in self.forgotten
         }
+        for name, state in self.world.nodes.items():
+            if state == "draining" and not (self.world.running_on(name) or name in self.foreign):
+                self.world.nodes[name] = "drained"
         nodes = {
             name: NodeStatus(name, state, True, "") for name, state in self.world.nodes.items()
         }
@@ -244,7 +295,7 @@ class FakeSlurm:
         self._answer()
         if node in self.foreign or self.world.running_on(node):
             return False
-        self.world.nodes.pop(node, None)
+        self.world.remove_node(node)
         self.deleted.append(node)
         return True
 

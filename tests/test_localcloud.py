@@ -23,6 +23,7 @@ from botocore.exceptions import ClientError
 from workflows import as_nobody
 
 import snakemake_executor_plugin_schlouder
+import snakemake_executor_plugin_schlouder.localcloud.run
 from snakemake_executor_plugin_schlouder import cli
 from snakemake_executor_plugin_schlouder.localcloud import (
     STATE_ROOT,

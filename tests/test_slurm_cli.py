@@ -248,12 +248,19 @@ def test_a_percent_sign_in_a_path_is_no_pattern() -> None:
 
 def test_a_revoked_script_does_nothing(tmp_path: Path) -> None:
     exit_file = tmp_path / "x.exit"
-    revoke(exit_file)
+    assert not revoke(exit_file)
     script = job_script("t", f"touch {tmp_path}/ran", exit_file)
     done = subprocess.run(["sh"], input=script, text=True, check=False)
     assert done.returncode == REVOKED
     assert not (tmp_path / "ran").exists()
     assert exit_code(exit_file) is None
+    assert not revoke(exit_file)
+
+
+def test_a_script_that_has_begun_cannot_be_revoked_and_says_so(tmp_path: Path) -> None:
+    exit_file = tmp_path / "x.exit"
+    subprocess.run(["sh"], input=job_script("t", "true", exit_file), text=True, check=True)
+    assert revoke(exit_file)
 
 
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 7", 7), ("false && true", 1)])
@@ -264,7 +271,7 @@ def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code:
     done = subprocess.run(["sh"], input=script, text=True, check=False)
     assert done.returncode == code
     assert exit_code(exit_file) == code
-    assert list(tmp_path.iterdir()) == [exit_file]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_the_job_script_forgets_a_slurm_conf_that_is_not_on_the_node(tmp_path: Path) -> None:

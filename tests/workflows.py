@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ def wait_for(
 def as_nobody(function: Callable[[], int]) -> tuple[int, str]:
     """Calls `function` in a child process without privileges; returns its value and what it said as an error.
 
-    A fork and not a new interpreter, because that may be installed where nobody may read it.
+    A fork and not a new interpreter, because that may be installed where nobody may read it; for the
+    same reason `function` must import nothing that is not imported yet.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -147,7 +149,12 @@ def as_nobody(function: Callable[[], int]) -> tuple[int, str]:
             os.setgroups([])
             os.setresgid(65534, 65534, 65534)
             os.setresuid(65534, 65534, 65534)
-        os._exit(function())
+        try:
+            code = function()
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as said:
         text = said.read()

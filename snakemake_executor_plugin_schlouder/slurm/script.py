@@ -18,12 +18,14 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
     commands must find the node's own configuration.
     """
     title = " ".join(name.split())
+    begun, revoked = (shlex.quote(str(path)) for path in (_begun(exit_file), _revoked(exit_file)))
     part, whole = shlex.quote(f"{exit_file}.part"), shlex.quote(str(exit_file))
     return "\n".join(
         [
             "#!/bin/sh",
             f"# {title}",
-            f"[ ! -e {shlex.quote(str(_revoked(exit_file)))} ] || exit {REVOKED}",
+            f": >{begun}",
+            f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {REVOKED}; }}",
             '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
             "(",
             command,
@@ -36,10 +38,19 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
     )
 
 
-def revoke(exit_file: Path) -> None:
-    """Forbids the script with this exit-code file to begin, should it be started late."""
+def revoke(exit_file: Path) -> bool:
+    """Forbids the script with this exit-code file to begin, should it be started late. True: it has begun.
+
+    The script leaves its mark before it looks for ours, and we ours before we look for its: one of the
+    two sees the other.
+    """
     with contextlib.suppress(OSError):
         _revoked(exit_file).touch()
+    return _begun(exit_file).exists()
+
+
+def _begun(exit_file: Path) -> Path:
+    return exit_file.with_name(exit_file.name + ".begun")
 
 
 def _revoked(exit_file: Path) -> Path:

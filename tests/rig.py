@@ -1,0 +1,94 @@
+"""A broker on the fakes, for tests in virtual time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from fakes import FakeCloud, FakeSlurm, World
+
+from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
+from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
+from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
+
+SMALL = InstanceType("m5.large", 2, 8192)
+BIG = InstanceType("m5.4xlarge", 16, 65536)
+
+
+class Rig:
+    """A broker, its fake world, and everything that ended so far."""
+
+    def __init__(self, directory: Path, **changes: object) -> None:
+        self.world = World()
+        self.cloud = FakeCloud(self.world)
+        self.slurm = FakeSlurm(self.world)
+        self.journal = Journal(":memory:")
+        config = BrokerConfig(
+            run="r1",
+            workdir=directory,
+            partition="schlouder",
+            types=(SMALL, BIG),
+            max_vms=20,
+            billing=Billing(),
+            boot_timeout=100.0,
+        )
+        self.config = replace(config, **changes)  # type: ignore[arg-type]
+        self.config.files.mkdir(parents=True)
+        self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
+        self.broker = Broker(
+            self.config,
+            self.cloud,
+            self.slurm,
+            self.journal,
+            logging.getLogger("test"),
+            clock=self.world.clock,
+            sleep=self.world.sleep,
+            revoke=self._revoke,
+        )
+        self.ended: dict[str, Task] = {}
+        self.most_alive = 0
+        self.made = 0
+
+    def _revoke(self, exit_file: Path) -> bool:
+        """As the marker files do for a real script; `3-rule.1.exit` is that of r1-3.1."""
+        number, attempt = exit_file.name.split("-rule.")
+        key = f"r1-{number}.{attempt.removesuffix('.exit')}"
+        self.world.revoked.add(key)
+        return key in self.world.jobs and self.world.jobs[key].started is not None
+
+    def give(
+        self, count: int = 1, strategy: str = "one-vm-per-job", **values: object
+    ) -> list[Task]:
+        seconds, code = values.pop("seconds", 20), values.pop("code", 0)
+        tasks = []
+        for _ in range(count):
+            self.made += 1
+            task = Task(
+                key=f"r1-{self.made}",
+                name=f"task{self.made}",
+                rule="rule",
+                jobid=str(self.made),
+                strategy=strategy,
+                need=Need(1, 1000),
+                command=f"run {seconds} {code}",
+            )
+            tasks.append(replace(task, **values))  # type: ignore[arg-type]
+        self.broker.submit(tasks)
+        return tasks
+
+    def run(self, seconds: float, step: float = 1.0) -> None:
+        end = self.world.now + seconds
+        while self.world.now < end:
+            self.tick()
+            self.world.pass_time(step)
+        self.tick()
+
+    def tick(self) -> None:
+        for task in self.broker.tick():
+            assert task.key not in self.ended, "a task must be reported once"
+            self.ended[task.key] = task
+        self.most_alive = max(self.most_alive, len(self.world.alive()))
+
+    def states(self) -> list[TaskState]:
+        return [task.state for task in self.ended.values()]
