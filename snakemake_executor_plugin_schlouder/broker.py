@@ -14,19 +14,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import strategies
 from .journal import Journal
 from .model import (
     TASK_ENDED,
     VM,
     Billing,
-    Fleet,
     InstanceType,
     Need,
     Task,
     TaskState,
     VMState,
 )
+from .planning import Planner
 from .prediction import BootPredictor, MeasuredBoots
 from .provision import (
     Cloud,
@@ -133,8 +132,7 @@ class Broker:
         self._revoke = revoke
         self._lock = threading.RLock()
         self._inbox: list[Task] = []
-        self._strategies: dict[str, strategies.Strategy] = {}
-        self._expected: dict[str, list[Need]] = {}
+        self._planner = Planner(config.types, config.billing, self._boots, self._new_vm)
         self._waiting: list[Task] = []
         self._vms: dict[str, VM] = {}
         self._submitted: dict[str, Task] = {}
@@ -158,8 +156,7 @@ class Broker:
     def expect(self, needs: Iterable[tuple[str, Need]]) -> None:
         """Announces tasks that may come, as (strategy, need), so that a machine can be chosen that
         fits all of them."""
-        for strategy, need in needs:
-            self._expected.setdefault(strategy, []).append(need)
+        self._planner.expect(needs)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Takes over these tasks. They are in the journal when this returns."""
@@ -614,101 +611,28 @@ class Broker:
     # -- decide
 
     def _place_all(self) -> None:
-        """Gives every waiting task to a VM, as its strategy says."""
-        waiting, self._waiting = self._waiting, []
-        pools = self._pools()
-        for task in waiting:
-            kind = self._type_for(task)
-            if kind is None:
-                self._end(task, TaskState.FAILED, self._too_big(task))
-                continue
-            pool = pools.setdefault((task.strategy, kind.name), [])
-            vm = self._choose(task, kind, pool)
-            if vm is not None:
-                self._assign(task, vm)
-            elif task.state in TASK_ENDED:
-                continue
-            elif self._refusal and not pool:
-                self._end(task, TaskState.FAILED, f"no VM can be started: {self._refusal}")
-            else:
-                self._waiting.append(task)
-
-    def _pools(self) -> dict[tuple[str, str], list[VM]]:
-        pools: dict[tuple[str, str], list[VM]] = {}
-        for vm in self._vms.values():
-            if vm.is_open:
-                pools.setdefault((vm.strategy, vm.type.name), []).append(vm)
-        return pools
-
-    def _choose(self, task: Task, kind: InstanceType, pool: list[VM]) -> VM | None:
-        fleet = Fleet(
-            pool, self._clock(), self._boot_time(), self._may_start(), self._config.billing
+        """Has every waiting task planned, and takes note of the outcome."""
+        room = self._config.max_vms - sum(
+            1 for vm in self._vms.values() if vm.state != VMState.GONE
         )
-        chosen = self._ask(task, fleet)
-        if chosen is not None or task.state in TASK_ENDED:
-            return chosen
-        if not self._may_start():
-            return fleet.idle_first()
-        started = self._plan_vm(task.strategy, kind)
-        pool.append(started)
-        return started
-
-    def _ask(self, task: Task, fleet: Fleet) -> VM | None:
-        """What the strategy says. One that fails, or names a VM it was not shown, ends the run."""
-        try:
-            chosen = self._strategy(task.strategy).choose(task, fleet)
-            if chosen is not None and not any(chosen is vm for vm in fleet.vms):
-                raise ValueError(f"it chose {chosen!r}, which is no VM of its fleet")
-        except Exception as error:
+        if self._stopping or self._refusal:
+            room = 0
+        plan = self._planner.place(self._waiting, self._vms, self._clock(), room, self._refusal)
+        self._waiting = plan.left
+        self._vms.update({vm.name: vm for vm in plan.started})
+        for task in plan.assigned:
+            self._dirty(task)
+        for task, reason in plan.failed:
+            self._end(task, TaskState.FAILED, reason)
+        if plan.broken:
             self._stopping = True
-            message = f"strategy {task.strategy!r} failed: {error!r}"
-            self._log.error(f"{message}. Nothing further is started; what runs goes on.")
-            self._end(task, TaskState.FAILED, message)
-            return None
-        return chosen
+            self._log.error(f"{plan.broken}. Nothing further is started; what runs goes on.")
 
-    def _assign(self, task: Task, vm: VM) -> None:
-        memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus
-        task.need = Need(task.need.cpus, memory)
-        task.state, task.vm = TaskState.SCHEDULED, vm.name
-        vm.queue.append(task)
-        self._dirty(task)
-
-    def _strategy(self, name: str) -> strategies.Strategy:
-        if name not in self._strategies:
-            self._strategies[name] = strategies.make(name)
-        return self._strategies[name]
-
-    def _type_for(self, task: Task) -> InstanceType | None:
-        """The first allowed type that fits the task; for a one-type strategy, the first that fits
-        everything known to use it, else as if there were only this task."""
-        needs = [task.need]
-        if self._strategy(task.strategy).one_type:
-            needs += self._expected.get(task.strategy, [])
-        for wanted in (needs, [task.need]):
-            for kind in self._config.types:
-                if all(kind.fits(need) for need in wanted):
-                    return kind
-        return None
-
-    def _too_big(self, task: Task) -> str:
-        return too_big(f"rule {task.rule}", task.need, self._config.types)
-
-    def _may_start(self) -> bool:
-        alive = sum(1 for vm in self._vms.values() if vm.state != VMState.GONE)
-        return alive < self._config.max_vms and not self._stopping and not self._refusal
-
-    def _plan_vm(self, strategy: str, kind: InstanceType) -> VM:
+    def _new_vm(self, strategy: str, kind: InstanceType, boot_time: float) -> VM:
         self._vm_count += 1
         name = f"schlouder-{self._config.run}-{self._vm_count}"
         token = client_token(self._config.run, name, kind.name, 1)
-        vm = VM(name, strategy, kind, token, self._clock(), self._boot_time())
-        self._vms[name] = vm
-        return vm
-
-    def _boot_time(self) -> float:
-        """Predicted boot of a VM that would be requested now."""
-        return self._boots.predict(sum(1 for vm in self._vms.values() if vm.is_booting))
+        return VM(name, strategy, kind, token, self._clock(), boot_time)
 
     # -- act
 
@@ -827,15 +751,13 @@ class Broker:
                 self._terminate(vm)
 
     def _may_leave(self, vm: VM) -> bool:
-        if self._stopping or self._waiting or not self._strategy(vm.strategy).reuses_vms:
+        if self._stopping or self._waiting or not self._planner.strategy(vm.strategy).reuses_vms:
             return True
         return self._retires_in(vm) <= 0
 
     def _retires_in(self, vm: VM) -> float:
         """Seconds until an idle VM should go."""
-        now = self._clock()
-        idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
-        return self._config.billing.retires_in(vm.uptime(now), idle_for, self._boot_time())
+        return self._planner.retires_in(vm, self._vms.values(), self._clock())
 
     # -- the end of the run
 
@@ -985,12 +907,3 @@ class Broker:
         if message not in self._told:
             self._told.add(message)
             self._log.log(level, message)
-
-
-def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
-    """The message for a rule or task that no allowed type can hold."""
-    offers = ", ".join(f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB)" for kind in types)
-    return (
-        f"{what} needs {need.cpus} cpus and {need.memory} MiB; the allowed instance types offer {offers}. "
-        "Lower threads or mem_mb, or allow a larger type with --schlouder-instance-types"
-    )

@@ -26,9 +26,10 @@ from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
-from .broker import Broker, BrokerConfig, too_big
+from .broker import Broker, BrokerConfig
 from .journal import Journal, RunRecord, journal_path
 from .model import InstanceType, SchlouderError, Task, TaskState
+from .planning import too_big
 from .provision import Ec2Settings, Join, connect, instance_types
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm.cli import SlurmCommands
