@@ -24,7 +24,6 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRequest,
     client_token,
     connect,
-    instance_types,
 )
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
@@ -112,7 +111,7 @@ def node_up() -> None:
     settings = Ec2Settings("us-east-1", image, subnet, instance_profile=profile)
     join = Join(info.controller, info.munge_socket, "/schlouder/munge-key")
     cloud = connect(settings, join, "bench", "peer")
-    (kind,) = instance_types("us-east-1", ["m5.large"])
+    (kind,) = cloud.instance_types(["m5.large"])
     token = client_token("peer", "peer", kind.name, 1)
     (outcome,) = cloud.launch([LaunchRequest("peer", token, kind, time.time())])
     if not isinstance(outcome, Instance):

@@ -217,10 +217,9 @@ class Broker:
                 dates.append(self._clock())
         return min(dates, default=None)
 
-    @property
-    def log_of(self) -> Callable[[Task], Path]:
+    def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is."""
-        return self._config.log_file
+        return self._config.log_file(task)
 
     def release(self) -> None:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
@@ -242,10 +241,7 @@ class Broker:
             self._released = self._await_end(doomed)
             self._flush()
             for vm in left:
-                if not vm.ending and vm.state != VMState.GONE:
-                    self._log.warning(
-                        f"{self._name(vm)} is still there: {self._why_kept(vm, foreign)}"
-                    )
+                self._tell_what_is_left(vm, foreign)
 
     # -- observe
 
@@ -258,11 +254,10 @@ class Broker:
         if all(vm.is_settled for vm in self._vms.values()):
             return None
         try:
-            view = self._cluster.view(self._config.job_name)
+            return self._cluster.view(self._config.job_name)
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
             return None
-        return view
 
     def _observe_cloud(self) -> None:
         moving = any(vm.is_booting or vm.state == VMState.TERMINATING for vm in self._vms.values())
@@ -600,13 +595,10 @@ class Broker:
 
     def _drop_unsubmitted(self) -> None:
         self._take_inbox()
-        for task in self._waiting:
-            self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
-        self._waiting.clear()
-        for vm in self._vms.values():
-            for task in vm.queue:
+        for tasks in (self._waiting, *(vm.queue for vm in self._vms.values())):
+            for task in tasks:
                 self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
-            vm.queue.clear()
+            tasks.clear()
 
     # -- decide
 
@@ -700,7 +692,7 @@ class Broker:
         """Hands the head of the VM's queue to Slurm; False if Slurm does not answer."""
         del vm.queue[0]
         task.attempt += 1
-        task.state, task.recalled, task.submitted = TaskState.SUBMITTED, False, self._clock()
+        task.state, task.recalled = TaskState.SUBMITTED, False
         vm.active[task.key] = task
         vm.idle_since = None
         self._submitted[task.attempt_key] = task
@@ -829,6 +821,16 @@ class Broker:
         if not vm.node_deleted and vm.ending:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
             self._delete_node(vm)
+
+    def _tell_what_is_left(self, vm: VM, foreign: Mapping[str, list[str]]) -> None:
+        if not vm.ending:
+            self._log.warning(f"{self._name(vm)} is still there: {self._why_kept(vm, foreign)}")
+        elif not vm.node_deleted:
+            self._log.warning(
+                f"Slurm still has the node {vm.name}; remove it with "
+                f"`scontrol update nodename={vm.name} state=down reason=gone` and "
+                f"`scontrol delete nodename={vm.name}`"
+            )
 
     def _why_kept(self, vm: VM, foreign: Mapping[str, list[str]]) -> str:
         if vm.name in foreign:

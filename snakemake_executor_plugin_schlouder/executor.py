@@ -30,7 +30,7 @@ from .broker import Broker, BrokerConfig
 from .journal import Journal, RunRecord, journal_path
 from .model import InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
-from .provision import Ec2Settings, Join, connect, instance_types
+from .provision import Ec2Settings, Join, connect
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm.cli import SlurmCommands
 
@@ -172,7 +172,7 @@ class Executor(RemoteExecutor):
         info = cluster.check()
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
         cloud = connect(_ec2_settings(config), join, _owner(), self._run)
-        types = instance_types(cloud.region, config.instance_types)
+        types = cloud.instance_types(config.instance_types)
         _check_sizes(rules, types)
         self._journal = self._open_journal(cloud.region, cloud.endpoint)
         broker_config = BrokerConfig(

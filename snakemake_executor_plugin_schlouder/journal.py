@@ -118,20 +118,7 @@ class Journal:
     @classmethod
     def reading(cls, path: Path) -> Journal:
         """A journal that somebody else may be writing; nothing is made, changed or moved."""
-        journal = cls.__new__(cls)
-        journal.set_aside, journal._lock = None, threading.Lock()
-        try:
-            journal._db = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30
-            )
-            version = journal._db.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise SchlouderError(f"the journal {path} cannot be read: {error}") from error
-        if version != VERSION:
-            raise SchlouderError(
-                f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
-            )
-        return journal
+        return _ReadOnlyJournal(path)
 
     def _open(self, path: Path | str) -> sqlite3.Connection:
         if not isinstance(path, Path):
@@ -221,6 +208,21 @@ class Journal:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._db:
             yield self._db
+
+
+class _ReadOnlyJournal(Journal):
+    def _open(self, path: Path | str) -> sqlite3.Connection:
+        uri = f"{Path(path).resolve().as_uri()}?mode=ro"
+        try:
+            db = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=30)
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise SchlouderError(f"the journal {path} cannot be read: {error}") from error
+        if version != VERSION:
+            raise SchlouderError(
+                f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
+            )
+        return db
 
 
 def _opened(path: Path | str) -> sqlite3.Connection:

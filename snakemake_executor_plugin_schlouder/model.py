@@ -154,7 +154,6 @@ class Task:
     attempt: int = 0
     losses: int = 0
     recalled: bool = False
-    submitted: float = 0.0
     slurm_id: str | None = None
     reason: str = ""
 

@@ -25,6 +25,27 @@ class Plan:
     broken: str = ""
 
 
+@dataclass
+class _Round:
+    """What holds while the tasks of one round are placed; VMs started in it count at once."""
+
+    now: float
+    room: int
+    refusal: str
+    booting: int
+    plan: Plan = field(default_factory=Plan)
+    pools: dict[tuple[str, str], list[VM]] = field(default_factory=dict)
+
+    def pool(self, strategy: str, kind: InstanceType) -> list[VM]:
+        return self.pools.setdefault((strategy, kind.name), [])
+
+    def start(self, vm: VM) -> None:
+        self.plan.started.append(vm)
+        self.pool(vm.strategy, vm.type).append(vm)
+        self.room -= 1
+        self.booting += 1
+
+
 class Planner:
     """Keeps the strategies of a run and what is known of the tasks to come.
 
@@ -55,58 +76,49 @@ class Planner:
             self._strategies[name] = strategies.make(name)
         return self._strategies[name]
 
-    def boot_time(self, vms: Iterable[VM]) -> float:
-        """Predicted boot of a VM that would be requested now, beside `vms`."""
-        return self._boots.predict(sum(1 for vm in vms if vm.is_booting))
-
     def retires_in(self, vm: VM, vms: Iterable[VM], now: float) -> float:
-        """Seconds until an idle VM should go."""
+        """Seconds until an idle VM of `vms` should go."""
         idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
-        return self._billing.retires_in(vm.uptime(now), idle_for, self.boot_time(vms))
+        boot_time = self._boots.predict(sum(1 for other in vms if other.is_booting))
+        return self._billing.retires_in(vm.uptime(now), idle_for, boot_time)
 
     def place(
         self, waiting: Sequence[Task], vms: Mapping[str, VM], now: float, room: int, refusal: str
     ) -> Plan:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
         `refusal`: why none can be, if that is for good."""
-        plan = Plan()
-        fleet = [vm for vm in vms.values() if vm.is_open]
+        round_ = _Round(now, room, refusal, sum(1 for vm in vms.values() if vm.is_booting))
+        for vm in vms.values():
+            if vm.is_open:
+                round_.pool(vm.strategy, vm.type).append(vm)
         for task in waiting:
             kind = self._type_for(task)
             if kind is None:
-                plan.failed.append((task, too_big(f"rule {task.rule}", task.need, self._types)))
-                continue
-            self._place(task, kind, fleet, now, room - len(plan.started), refusal, plan)
-        return plan
+                reason = too_big(f"rule {task.rule}", task.need, self._types)
+                round_.plan.failed.append((task, reason))
+            else:
+                self._place(task, kind, round_)
+        return round_.plan
 
-    def _place(
-        self,
-        task: Task,
-        kind: InstanceType,
-        vms: list[VM],
-        now: float,
-        room: int,
-        refusal: str,
-        plan: Plan,
-    ) -> None:
-        pool = [vm for vm in vms if vm.strategy == task.strategy and vm.type == kind]
-        fleet = Fleet(pool, now, self.boot_time(vms), room > 0, self._billing)
+    def _place(self, task: Task, kind: InstanceType, round_: _Round) -> None:
+        plan, pool = round_.plan, round_.pool(task.strategy, kind)
+        boot_time = self._boots.predict(round_.booting)
+        fleet = Fleet(pool, round_.now, boot_time, round_.room > 0, self._billing)
         try:
             vm = self._ask(task, fleet)
         except Exception as error:
             plan.broken = f"strategy {task.strategy!r} failed: {error!r}"
             plan.failed.append((task, plan.broken))
             return
-        if vm is None and room > 0:
-            vm = self._new_vm(task.strategy, kind, fleet.boot_time)
-            vms.append(vm)
-            plan.started.append(vm)
+        if vm is None and round_.room > 0:
+            vm = self._new_vm(task.strategy, kind, boot_time)
+            round_.start(vm)
         vm = vm or fleet.idle_first()
         if vm is not None:
             _assign(task, vm)
             plan.assigned.append(task)
-        elif refusal:
-            plan.failed.append((task, f"no VM can be started: {refusal}"))
+        elif round_.refusal:
+            plan.failed.append((task, f"no VM can be started: {round_.refusal}"))
         else:
             plan.left.append(task)
 

@@ -30,7 +30,7 @@ ALIVE = frozenset({"pending", "running", "stopping", "stopped"})
 
 _LAUNCHES_AT_ONCE = 8
 _TERMINATE_BATCH = 500
-_DESCRIBE_FILTER_LIMIT = 200
+_DESCRIBE_PAGE = 200
 
 _RETRIED = frozenset(
     {
@@ -192,6 +192,26 @@ class Ec2Cloud:
     def endpoint(self) -> str:
         return self._ec2.meta.endpoint_url
 
+    def instance_types(self, names: Sequence[str]) -> list[InstanceType]:
+        """What EC2 says of these types, in the order given; SchlouderError names one it does not know."""
+        pages = self._ec2.get_paginator("describe_instance_types")
+        replies = _asked(
+            "--schlouder-instance-types",
+            ", ".join(names),
+            lambda: [
+                described
+                for page in pages.paginate(InstanceTypes=list(names))  # type: ignore[arg-type]
+                for described in page["InstanceTypes"]
+            ],
+        )
+        found = {reply["InstanceType"]: _instance_type(reply) for reply in replies}
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise SchlouderError(
+                f"--schlouder-instance-types: EC2 knows no type {', '.join(missing)}"
+            )
+        return [found[name] for name in names]
+
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         with ThreadPoolExecutor(_LAUNCHES_AT_ONCE) as pool:
             return list(pool.map(self._launch_one, requests))
@@ -326,36 +346,6 @@ def _client(session: boto3.Session, service: str, config: Config) -> Any:
         raise SchlouderError(f"AWS: {error}; check AWS_ENDPOINT_URL and ~/.aws/config") from error
 
 
-def instance_types(region: str, names: Sequence[str]) -> list[InstanceType]:
-    """What EC2 says of these types, in the order given; SchlouderError names one it does not know."""
-    from botocore.config import Config
-
-    ec2 = _client(_session(region), "ec2", Config(connect_timeout=5))
-    replies = _asked(
-        "--schlouder-instance-types",
-        ", ".join(names),
-        lambda: [
-            described
-            for page in ec2.get_paginator("describe_instance_types").paginate(
-                InstanceTypes=list(names)
-            )
-            for described in page["InstanceTypes"]
-        ],
-    )
-    found = {
-        str(reply["InstanceType"]): InstanceType(
-            str(reply["InstanceType"]),
-            reply["VCpuInfo"]["DefaultVCpus"],
-            reply["MemoryInfo"]["SizeInMiB"],
-        )
-        for reply in replies
-    }
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise SchlouderError(f"--schlouder-instance-types: EC2 knows no type {', '.join(missing)}")
-    return [found[name] for name in names]
-
-
 def _check_settings(ec2: EC2Client, settings: Ec2Settings) -> None:
     """Asks EC2 for everything a launch would name, so that a typing error costs no VM."""
     image, subnet = settings.image, settings.subnet
@@ -429,7 +419,7 @@ def _instances(ec2: EC2Client, run: str) -> list[Instance]:
 
     pages = ec2.get_paginator("describe_instances").paginate(
         Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}],
-        PaginationConfig={"PageSize": _DESCRIBE_FILTER_LIMIT},
+        PaginationConfig={"PageSize": _DESCRIBE_PAGE},
     )
     try:
         return [
@@ -452,6 +442,14 @@ def _instance(described: Mapping[str, Any]) -> Instance:
         described["InstanceType"],
         described.get("StateReason", {}).get("Message", ""),
         described["LaunchTime"].timestamp(),
+    )
+
+
+def _instance_type(described: Mapping[str, Any]) -> InstanceType:
+    return InstanceType(
+        described["InstanceType"],
+        described["VCpuInfo"]["DefaultVCpus"],
+        described["MemoryInfo"]["SizeInMiB"],
     )
 
 

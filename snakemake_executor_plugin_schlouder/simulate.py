@@ -12,7 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .broker import Broker, BrokerConfig
@@ -62,10 +62,9 @@ class Outcome:
 
 @dataclass
 class _Node:
-    """A VM: booting until `ready`, then running the first of `jobs` since `busy_since`."""
+    """A VM; once `up` it runs the first of `jobs`."""
 
     instance: Instance
-    ready: float
     jobs: deque[JobRequest] = field(default_factory=deque)
     up: bool = False
     drained: bool = False
@@ -104,7 +103,7 @@ class _World:
         instance = Instance(
             f"i-{len(self.nodes)}", request.node, "", "running", request.type.name, "", started
         )
-        self.nodes[request.node] = _Node(instance, ready)
+        self.nodes[request.node] = _Node(instance)
         self.push(ready, "up", request.node)
         return instance
 
@@ -120,10 +119,7 @@ class _World:
     def terminate(self, instance_ids: Sequence[str]) -> None:
         for node in self.nodes.values():
             if node.instance.id in instance_ids:
-                node.instance = Instance(
-                    *(node.instance.id, node.instance.node, "", "terminated"),
-                    *(node.instance.type, "", node.instance.launched),
-                )
+                node.instance = replace(node.instance, state="terminated")
 
     def console(self, instance_id: str) -> str:
         return ""

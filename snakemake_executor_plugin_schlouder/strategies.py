@@ -6,6 +6,7 @@ so that the same object serves a live run and a simulation.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import ClassVar, Protocol
 
@@ -118,7 +119,7 @@ def known() -> list[str]:
 def make(name: str) -> Strategy:
     """The strategy a user named: a built-in one, `module:Class`, or the name of an entry point of the
     group `schlouder.strategies`. SchlouderError says what is wrong with the name."""
-    found = _STRATEGIES.get(name) or (_imported(name) if ":" in name else _entry_point(name))
+    found = _find(name)
     try:
         strategy = found()
     except Exception as error:
@@ -130,6 +131,12 @@ def make(name: str) -> Strategy:
 
 
 _PARTS = ("name", "reuses_vms", "one_type", "choose")
+
+
+@functools.cache
+def _find(name: str) -> type[Strategy]:
+    """Looked up once: every job asks, and reading the entry points takes milliseconds."""
+    return _STRATEGIES.get(name) or (_imported(name) if ":" in name else _entry_point(name))
 
 
 def _imported(name: str) -> type[Strategy]:

@@ -339,7 +339,8 @@ def test_release_twice_is_release_once(rig: Rig) -> None:
     assert rig.cloud.terminated == terminated
 
 
-def test_release_finds_a_machine_whose_launch_was_never_answered(rig: Rig) -> None:
+def lose_launch_replies(rig: Rig) -> None:
+    """Machines start from now on, and nobody hears of it."""
     launch = rig.cloud.launch
 
     def lose_the_reply(requests):  # type: ignore[no-untyped-def]
@@ -347,6 +348,10 @@ def test_release_finds_a_machine_whose_launch_was_never_answered(rig: Rig) -> No
         return [CloudUnavailable("connection lost") for _ in requests]
 
     rig.cloud.launch = lose_the_reply  # type: ignore[method-assign]
+
+
+def test_release_finds_a_machine_whose_launch_was_never_answered(rig: Rig) -> None:
+    lose_launch_replies(rig)
     rig.give(1)
     rig.run(1)
     assert len(rig.world.alive()) == 1
@@ -375,13 +380,7 @@ def test_a_vm_with_somebody_else_s_job_is_kept(rig: Rig, caplog: pytest.LogCaptu
 
 def test_a_machine_whose_launch_was_given_up_is_ended_all_the_same(rig: Rig) -> None:
     """The reply is lost, then the task is dropped: no VM of ours stands for the machine any more."""
-    launch = rig.cloud.launch
-
-    def lose_the_reply(requests):  # type: ignore[no-untyped-def]
-        launch(requests)
-        return [CloudUnavailable("connection lost") for _ in requests]
-
-    rig.cloud.launch = lose_the_reply  # type: ignore[method-assign]
+    lose_launch_replies(rig)
     rig.give(1)
     rig.run(1)
     rig.broker.stop()
@@ -556,6 +555,18 @@ def test_release_removes_the_nodes_of_machines_that_take_a_minute_to_end(
     assert rig.world.alive() == []
     assert rig.world.nodes == {}
     assert caplog.text == ""
+
+
+def test_a_node_that_slurm_will_not_give_up_is_told_with_the_way_to_remove_it(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.cloud.allow_kill = True
+    rig.give(1, seconds=500)
+    rig.run(20)
+    rig.slurm.delete = lambda node: False  # type: ignore[method-assign]
+    rig.broker.release()
+    assert rig.world.alive() == []
+    assert "scontrol delete nodename=schlouder-r1-1" in caplog.text
 
 
 def test_lost_replies_do_not_count_as_lost_machines(rig: Rig) -> None:

@@ -213,18 +213,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_ctrl_c_gives_everything_back(site: Site) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_give_everything_back(site: Site, number: int) -> None:
     process = start_long_jobs(site, 600)
-    os.killpg(process.pid, signal.SIGINT)
-    output = finish(process)
-    assert process.returncode != 0
-    site.assert_nothing_left()
-    assert "0 of 4 jobs complete" in output
-
-
-def test_a_closed_terminal_gives_everything_back(site: Site) -> None:
-    process = start_long_jobs(site, 600)
-    os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, number)
     output = finish(process)
     assert process.returncode != 0
     site.assert_nothing_left()

@@ -25,7 +25,6 @@ from snakemake_executor_plugin_schlouder.provision import (
     TokenSpent,
     client_token,
     connect,
-    instance_types,
     node_configuration,
     user_data,
 )
@@ -155,7 +154,7 @@ def test_the_same_token_starts_one_machine(ec2: Ec2Cloud) -> None:
 def test_describe_reads_every_page_and_reservation(
     ec2: Ec2Cloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provision, "_DESCRIBE_FILTER_LIMIT", 5)
+    monkeypatch.setattr(provision, "_DESCRIBE_PAGE", 5)
     ids = {launched(ec2, number).id for number in range(7)}
     assert {instance.id for instance in ec2.instances(run_of(ec2))} == ids
 
@@ -180,8 +179,8 @@ def test_terminating_nothing_asks_nothing(ec2: Ec2Cloud) -> None:
 
 
 @pytest.mark.integration
-def test_types_are_described_in_the_order_given(settings: Ec2Settings) -> None:
-    found = instance_types("us-east-1", ["m5.4xlarge", "t3.micro"])
+def test_types_are_described_in_the_order_given(ec2: Ec2Cloud) -> None:
+    found = ec2.instance_types(["m5.4xlarge", "t3.micro"])
     assert found == [InstanceType("m5.4xlarge", 16, 65536), InstanceType("t3.micro", 2, 1024)]
 
 

@@ -54,10 +54,6 @@ def delete_link(name: str) -> None:
     _run(["ip", "link", "delete", name])
 
 
-def link_exists(name: str) -> bool:
-    return any(link["ifname"] == name for link in _ip_json("link"))
-
-
 def connect(network: Network, address: IPv4Address, pid: int) -> str:
     """Joins the network namespace of process `pid` to the bridge; returns the host's end of the link."""
     link = host_link(address)
