@@ -7,14 +7,16 @@ writes to the journal what it is about to do.
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from .journal import Journal
+from .machines import Machines
 from .model import (
     TASK_ENDED,
     VM,
@@ -26,7 +28,7 @@ from .model import (
     VMState,
 )
 from .planning import Planner
-from .prediction import BootPredictor, MeasuredBoots
+from .prediction import BootPredictor, MeasuredBoots, Walltimes
 from .provision import (
     Cloud,
     CloudUnavailable,
@@ -54,7 +56,9 @@ MAX_LOSSES = 3
 MAX_BOOT_FAILURES = 3
 """Boots in a row that may fail before nothing more is launched (R15)."""
 
-_LEAVING = frozenset({VMState.DRAINING, VMState.TERMINATING, VMState.GONE})
+_BOOTING = (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
+_LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
+_MOVING = (*_BOOTING, VMState.TERMINATING)
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
 _LATE_SUBMISSION = 15.0
@@ -102,6 +106,18 @@ class BrokerConfig:
         return self.files / f"{task.jobid}-{task.rule}.{task.attempt}.exit"
 
 
+class Books(Protocol):
+    """Where the broker writes what it is about to do."""
+
+    def write(
+        self,
+        run: str,
+        vms: Iterable[VM] = (),
+        tasks: Iterable[Task] = (),
+        events: Iterable[tuple[float, str, str]] = (),
+    ) -> None: ...
+
+
 class Broker:
     """`submit`, `tick`, `stop` and `release` may be called from different threads."""
 
@@ -110,11 +126,12 @@ class Broker:
         config: BrokerConfig,
         cloud: Cloud,
         cluster: Cluster,
-        journal: Journal,
+        journal: Books,
         log: logging.Logger,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
+        walltimes: Walltimes | None = None,
         witness: Callable[[Path], int | None] = exit_code,
         revoke: Callable[[Path], bool] = revoke,
     ) -> None:
@@ -128,13 +145,17 @@ class Broker:
         self._clock = clock
         self._sleep = sleep
         self._boots = boots or MeasuredBoots()
+        self._walltimes = walltimes or Walltimes()
         self._witness = witness
         self._revoke = revoke
         self._lock = threading.RLock()
+        self._now = clock()
         self._inbox: list[Task] = []
-        self._planner = Planner(config.types, config.billing, self._boots, self._new_vm)
+        self._planner = Planner(
+            config.types, config.billing, self._boots, self._walltimes, self._new_vm
+        )
         self._waiting: list[Task] = []
-        self._vms: dict[str, VM] = {}
+        self._machines = Machines()
         self._submitted: dict[str, Task] = {}
         self._absent_jobs: dict[str, tuple[int, float]] = {}
         self._absent_vms: dict[str, int] = {}
@@ -143,7 +164,7 @@ class Broker:
         self._stopping = False
         self._released = False
         self._vm_count = 0
-        self._described = 0.0
+        self._described = -math.inf
         self._ended: list[Task] = []
         self._dirty_vms: dict[str, VM] = {}
         self._dirty_tasks: dict[str, Task] = {}
@@ -174,6 +195,7 @@ class Broker:
         """One round. Returns the tasks that ended since the last one; raises nothing that a later
         round may mend."""
         with self._lock:
+            self._now = self._clock()
             self._take_inbox()
             view = self._observe_cluster()
             self._observe_cloud()
@@ -197,25 +219,17 @@ class Broker:
     @property
     def is_busy(self) -> bool:
         """Whether anything is going on that the next tick should see soon."""
-        return bool(
-            self._inbox
-            or self._waiting
-            or any(vm.state != VMState.GONE for vm in list(self._vms.values()))
-        )
+        return bool(self._inbox or self._waiting or self._machines.alive)
 
     def vms(self) -> list[VM]:
         """Every VM there was, in the order of their request."""
-        return list(self._vms.values())
+        return list(self._machines)
 
     def next_change(self) -> float | None:
         """When the passing of time alone makes the next tick act, without any event; None: never."""
-        dates = []
-        for vm in self._vms.values():
-            if vm.state == VMState.READY and vm.is_unused:
-                dates.append(self._clock() + max(0.0, self._retires_in(vm)))
-            elif vm.state in _LEAVING and not vm.is_settled:
-                dates.append(self._clock())
-        return min(dates, default=None)
+        if self._machines.has(*_LEAVING):
+            return self._now
+        return self._machines.next_retirement()
 
     def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is."""
@@ -230,8 +244,9 @@ class Broker:
         """
         self._stopping = True
         with self._lock:
-            left = [vm for vm in self._vms.values() if not vm.is_settled]
-            if self._released or not self._vms:
+            self._now = self._clock()
+            left = [vm for vm in self._machines if not vm.is_settled]
+            if self._released or not len(self._machines):
                 return
             self._drop_unsubmitted()
             foreign = self._clear_slurm()
@@ -251,7 +266,7 @@ class Broker:
         del self._inbox[:count]
 
     def _observe_cluster(self) -> ClusterView | None:
-        if all(vm.is_settled for vm in self._vms.values()):
+        if not self._machines.unsettled:
             return None
         try:
             return self._cluster.view(self._config.job_name)
@@ -260,28 +275,27 @@ class Broker:
             return None
 
     def _observe_cloud(self) -> None:
-        moving = any(vm.is_booting or vm.state == VMState.TERMINATING for vm in self._vms.values())
-        started = any(vm.instance_id and vm.state != VMState.GONE for vm in self._vms.values())
+        moving = self._machines.has(*_MOVING)
         pause = self._config.describe_every if moving else _DESCRIBE_SELDOM
-        if started and self._clock() - self._described >= pause:
+        if self._machines.alive and self._now - self._described >= pause:
             self._describe()
 
     def _describe(self) -> None:
         """Brings the VMs up to what the cloud says; changes nothing if it says nothing."""
-        self._described = self._clock()
+        self._described = self._now
         try:
             listed = {instance.id: instance for instance in self._cloud.instances(self._config.run)}
         except CloudUnavailable as error:
             self._tell(f"EC2 does not answer, waiting for it: {error}", logging.WARNING)
             return
-        for vm in list(self._vms.values()):
+        for vm in self._machines:
             if vm.instance_id is not None and vm.state != VMState.GONE:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
         self._end_orphans(listed.values())
 
     def _end_orphans(self, listed: Iterable[Instance]) -> None:
         """Machines of this run that are no VM's: their launch was given up before its reply came."""
-        gone = {vm.name for vm in self._vms.values() if vm.state == VMState.GONE}
+        gone = {vm.name for vm in self._machines if vm.state == VMState.GONE}
         orphans = [
             instance.id for instance in listed if instance.is_alive and instance.node in gone
         ]
@@ -299,7 +313,7 @@ class Broker:
             self._boot_failed(vm, instance.reason or "the machine ended while it booted")
         elif vm.state != VMState.TERMINATING:
             self._lost(vm, instance.reason or "the machine ended")
-        vm.ended = vm.ended or self._clock()
+        vm.ended = vm.ended or self._now
         vm.ending = True
         if instance.state == "terminated":
             self._close(vm)
@@ -307,24 +321,25 @@ class Broker:
     def _count_absence(self, vm: VM) -> None:
         """Describe lags behind launches; absence counts only when it lasts (R8, R10)."""
         seen = self._absent_vms[vm.name] = self._absent_vms.get(vm.name, 0) + 1
-        old = self._clock() - vm.requested > _CONSISTENCY_WINDOW
+        old = self._now - vm.requested > _CONSISTENCY_WINDOW
         if seen >= _ABSENT_DESCRIBES and old:
             if vm.state != VMState.TERMINATING:
                 self._lost(vm, "EC2 no longer lists the machine")
             self._close(vm)
 
     def _update_vms(self, view: ClusterView) -> None:
-        for vm in list(self._vms.values()):
-            node = view.nodes.get(vm.name)
-            if vm.state == VMState.BOOTING:
-                self._update_booting(vm, node)
-            elif vm.state == VMState.READY and node is not None:
+        for name, node in view.nodes.items():
+            vm = self._machines.get(name)
+            if vm is not None and vm.state == VMState.READY:
                 self._update_ready(vm, node)
+        for vm in self._machines.having(VMState.BOOTING):
+            self._update_booting(vm, view.nodes.get(vm.name))
 
     def _update_booting(self, vm: VM, node: NodeStatus | None) -> None:
-        now = self._clock()
+        now = self._now
         if node is not None and node.accepts_jobs:
-            vm.state, vm.ready, vm.idle_since = VMState.READY, now, now
+            vm.ready, vm.idle_since = now, now
+            self._move(vm, VMState.READY)
             self._boots.learn(now - vm.requested)
             self._boot_failures = 0
             self._note(vm, f"ready after {now - vm.requested:.0f} s")
@@ -341,18 +356,19 @@ class Broker:
             self._lost(vm, f"Slurm lost the node: {node.reason}")
         elif node.state.startswith("drain"):
             self._requeue_planned(vm)
-            vm.state = VMState.DRAINING
+            self._move(vm, VMState.DRAINING)
             self._note(vm, f"was drained by somebody else: {node.reason}")
             self._recall([t for t in vm.active.values() if t.state == TaskState.SUBMITTED])
 
     def _update_tasks(self, view: ClusterView) -> None:
-        for key, task in list(self._submitted.items()):
-            status = view.jobs.get(key)
-            if status is None:
-                self._missing(key, task)
-            else:
+        for key, status in view.jobs.items():
+            task = self._submitted.get(key)
+            if task is not None:
                 self._absent_jobs.pop(key, None)
                 self._update_task(task, status)
+        if view.is_complete:
+            for key in [key for key in self._submitted if key not in view.jobs]:
+                self._missing(key, self._submitted[key])
         self._cancel_strays(view)
 
     def _cancel_strays(self, view: ClusterView) -> None:
@@ -367,8 +383,10 @@ class Broker:
 
     def _update_task(self, task: Task, status: JobStatus) -> None:
         task.slurm_id = status.slurm_id
-        if status.phase != JobPhase.WAITING:
+        if status.phase != JobPhase.WAITING and task.started is None and status.started is not None:
             task.started = status.started
+            self._vm_of(task).has_begun(task, status.started)
+            self._changed(self._vm_of(task))
         if status.phase == JobPhase.RUNNING and task.state == TaskState.SUBMITTED:
             task.state = TaskState.RUNNING
             self._dirty(task)
@@ -408,7 +426,7 @@ class Broker:
         """Slurm does not know the submission. Unknown is neither success nor failure."""
         code = self._witness(self._config.exit_file(task))
         if code is not None:
-            task.ended = self._clock()
+            task.ended = self._now
             self._judge(task, code)
         elif self._is_gone(key, task):
             vm = self._vm_of(task)
@@ -422,11 +440,11 @@ class Broker:
 
     def _is_gone(self, key: str, task: Task) -> bool:
         """Absence counts only when it lasts, and, for a job that Slurm once had, when Slurm says so."""
-        since = self._absent_jobs.setdefault(key, (0, self._clock()))[1]
+        since = self._absent_jobs.setdefault(key, (0, self._now))[1]
         seen = self._absent_jobs[key][0] + 1
         self._absent_jobs[key] = (seen, since)
         patience = _LATE_SUBMISSION if task.slurm_id is None else _ABSENT_JOB
-        if seen < _ABSENT_VIEWS or self._clock() - since < patience:
+        if seen < _ABSENT_VIEWS or self._now - since < patience:
             return False
         if task.slurm_id is None:
             return True
@@ -453,9 +471,15 @@ class Broker:
         """Ends a task that Slurm had."""
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
-        vm = self._vms.get(task.vm or "")
-        if vm is not None and vm.active.pop(task.key, None) is not None and vm.is_unused:
-            vm.idle_since = self._clock()
+        vm = self._machines.get(task.vm)
+        if vm is not None and vm.active.pop(task.key, None) is not None:
+            if vm.is_unused:
+                vm.idle_since = self._now
+            vm.has_ended(task, self._now)
+            self._changed(vm)
+        if state == TaskState.COMPLETE and task.started is not None:
+            took = (task.ended or self._now) - task.started
+            self._walltimes.learn(task.rule, task.planned, took)
         self._end(task, state, reason)
 
     def _end(self, task: Task, state: TaskState, reason: str) -> None:
@@ -473,10 +497,12 @@ class Broker:
         task.slurm_id, task.started = None, None
         if vm.is_open:
             task.state = TaskState.SCHEDULED
-            vm.queue.insert(0, task)
+            vm.queue.appendleft(task)
+            vm.recount(self._now)
         else:
             task.state, task.vm = TaskState.PENDING, None
             self._waiting.insert(0, task)
+        self._changed(vm)
         self._dirty(task)
 
     def _lost(self, vm: VM, reason: str) -> None:
@@ -510,16 +536,19 @@ class Broker:
             self._dirty(task)
         self._waiting[:0] = vm.queue
         vm.queue.clear()
+        vm.recount(self._now)
+        self._changed(vm)
 
     def _terminate(self, vm: VM) -> None:
         """Asks for the machine's end; `_describe` sees when it is done, and asks again if it is not."""
-        vm.state = VMState.TERMINATING
+        self._move(vm, VMState.TERMINATING)
         self._note(vm, "terminating")
         self._flush()
         if vm.instance_id is not None:
             try:
                 self._cloud.terminate([vm.instance_id])
-                vm.ended = self._clock()
+                vm.ended = self._now
+                self._described = -math.inf
             except CloudUnavailable as error:
                 self._tell(f"EC2 does not answer, will ask again: {error}", logging.WARNING)
         else:
@@ -527,13 +556,12 @@ class Broker:
 
     def _close(self, vm: VM) -> None:
         """The machine is gone for certain: nothing of it can write any more."""
-        vm.state = VMState.GONE
-        vm.ended = vm.ended or self._clock()
+        vm.ended = vm.ended or self._now
         vm.ending = True
+        vm.node_deleted |= vm.instance_id is None
+        self._move(vm, VMState.GONE)
         self._note(vm, "gone")
-        if vm.instance_id is None:
-            vm.node_deleted = True
-        elif not vm.node_deleted:
+        if not vm.node_deleted:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
 
     def _rescue(self, vm: VM, task: Task) -> None:
@@ -550,7 +578,7 @@ class Broker:
 
     def _finish_vms(self, view: ClusterView) -> None:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
-        for vm in list(self._vms.values()):
+        for vm in self._machines.having(*_LEAVING):
             node = view.nodes.get(vm.name)
             if vm.state == VMState.DRAINING and vm.is_unused:
                 self._leave(vm, node)
@@ -577,42 +605,45 @@ class Broker:
 
     def _is_overdue(self, vm: VM) -> bool:
         """Whether the machine must be asked again to end: nobody heard, or nothing happened."""
-        return vm.ended is None or (
-            not vm.ending and self._clock() - vm.ended > _TERMINATE_PATIENCE
-        )
+        return vm.ended is None or (not vm.ending and self._now - vm.ended > _TERMINATE_PATIENCE)
 
     def _delete_node(self, vm: VM) -> None:
         try:
             vm.node_deleted = self._cluster.delete(vm.name)
+            self._machines.note(vm)
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer: {error}", logging.WARNING)
 
     def _warn_of_guest(self, vm: VM) -> None:
-        if vm.idle_since is not None and self._clock() - vm.idle_since > _GUEST_PATIENCE:
+        if vm.idle_since is not None and self._now - vm.idle_since > _GUEST_PATIENCE:
             self._tell(
                 f"{self._name(vm)} is kept: a job of somebody else runs there", logging.WARNING
             )
 
     def _drop_unsubmitted(self) -> None:
         self._take_inbox()
-        for tasks in (self._waiting, *(vm.queue for vm in self._vms.values())):
-            for task in tasks:
-                self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
-            tasks.clear()
+        dropped = [*self._waiting, *self._planner.take_backlog()]
+        self._waiting.clear()
+        for vm in self._machines:
+            dropped += vm.queue
+            vm.queue.clear()
+            self._changed(vm)
+        for task in dropped:
+            self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
 
     # -- decide
 
     def _place_all(self) -> None:
         """Has every waiting task planned, and takes note of the outcome."""
-        room = self._config.max_vms - sum(
-            1 for vm in self._vms.values() if vm.state != VMState.GONE
-        )
+        room = self._config.max_vms - self._machines.alive
         if self._stopping or self._refusal:
             room = 0
-        plan = self._planner.place(self._waiting, self._vms, self._clock(), room, self._refusal)
+        plan = self._planner.place(self._waiting, self._now, room, self._refusal)
         self._waiting = plan.left
-        self._vms.update({vm.name: vm for vm in plan.started})
+        for vm in plan.started:
+            self._machines.add(vm)
         for task in plan.assigned:
+            self._machines.note(self._vm_of(task))
             self._dirty(task)
         for task, reason in plan.failed:
             self._end(task, TaskState.FAILED, reason)
@@ -624,20 +655,24 @@ class Broker:
         self._vm_count += 1
         name = f"schlouder-{self._config.run}-{self._vm_count}"
         token = client_token(self._config.run, name, kind.name, 1)
-        return VM(name, strategy, kind, token, self._clock(), boot_time)
+        return VM(name, strategy, kind, token, self._now, boot_time)
 
     # -- act
 
     def _launch_planned(self) -> None:
-        now = self._clock()
-        for vm in [vm for vm in self._vms.values() if vm.state == VMState.PLANNED]:
-            if self._stopping or not vm.queue:
+        """Requested VMs are still to be launched only when the round that requested them broke off;
+        the token makes asking again safe."""
+        now = self._now
+        for vm in self._machines.having(VMState.PLANNED):
+            if self._stopping or not self._planner.needs(vm):
                 self._close(vm)
-        due = [vm for vm in self._vms.values() if self._is_due(vm)]
+        unlaunched = self._machines.having(VMState.PLANNED, VMState.REQUESTED)
+        due = [vm for vm in unlaunched if vm.retry_at <= now]
         if not due:
             return
         for vm in due:
-            vm.state, vm.requested = VMState.REQUESTED, now
+            vm.requested = now
+            self._move(vm, VMState.REQUESTED)
             self._note(vm, f"requesting a {vm.type.name}")
         if not self._flush():
             return
@@ -646,17 +681,12 @@ class Broker:
             self._take_outcome(vm, outcome)
         self._flush()
 
-    def _is_due(self, vm: VM) -> bool:
-        """Requested ones are here only when the round that requested them broke off; the token makes
-        asking again safe."""
-        unlaunched = vm.state in (VMState.PLANNED, VMState.REQUESTED)
-        return unlaunched and vm.retry_at <= self._clock()
-
     def _take_outcome(
         self, vm: VM, outcome: Instance | CloudUnavailable | LaunchRefused | TokenSpent
     ) -> None:
         if isinstance(outcome, Instance):
-            vm.instance_id, vm.state, vm.meter = outcome.id, VMState.BOOTING, outcome.launched
+            vm.instance_id, vm.meter = outcome.id, outcome.launched
+            self._move(vm, VMState.BOOTING)
             self._note(vm, f"is instance {outcome.id}")
         elif isinstance(outcome, LaunchRefused):
             self._refusal = str(outcome)
@@ -672,16 +702,17 @@ class Broker:
         vm.launch_attempt += 1
         if isinstance(outcome, TokenSpent):
             vm.token = client_token(self._config.run, vm.name, vm.type.name, vm.launch_attempt)
-        vm.state = VMState.PLANNED
-        vm.retry_at = self._clock() + min(_LAUNCH_BACKOFF, 2.0**vm.launch_attempt)
+        self._move(vm, VMState.PLANNED)
+        vm.retry_at = self._now + min(_LAUNCH_BACKOFF, 2.0**vm.launch_attempt)
         self._tell(f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING)
         self._note(vm, f"not started: {outcome}")
 
     def _submit_ready(self) -> None:
-        for vm in self._vms.values():
+        for vm in self._machines.feedable():
             while vm.state == VMState.READY and vm.queue and self._takes_one_more(vm):
                 if not self._submit(vm, vm.queue[0]):
                     return
+            self._machines.fed(vm)
 
     def _takes_one_more(self, vm: VM) -> bool:
         """A task that fits beside the running ones, or else one task ahead, so that Slurm has the next
@@ -690,11 +721,12 @@ class Broker:
 
     def _submit(self, vm: VM, task: Task) -> bool:
         """Hands the head of the VM's queue to Slurm; False if Slurm does not answer."""
-        del vm.queue[0]
+        vm.queue.popleft()
         task.attempt += 1
         task.state, task.recalled = TaskState.SUBMITTED, False
         vm.active[task.key] = task
         vm.idle_since = None
+        self._machines.note(vm)
         self._submitted[task.attempt_key] = task
         self._dirty(task)
         if not self._flush():
@@ -729,36 +761,39 @@ class Broker:
         )
 
     def _retire_idle(self) -> None:
-        idle = [vm for vm in self._vms.values() if vm.state == VMState.READY and vm.is_unused]
-        leaving = [vm for vm in idle if self._may_leave(vm)]
+        leaving = [vm for vm in self._retirable() if self._may_leave(vm)]
         for vm in leaving:
-            vm.state = VMState.DRAINING
+            self._move(vm, VMState.DRAINING)
             self._note(vm, "draining")
         self._flush()
         if leaving:
             names = [vm.name for vm in leaving]
             self._try_cluster(lambda: self._cluster.drain(names, "schlouder: no work left"))
-        for vm in list(self._vms.values()):
-            if vm.state == VMState.BOOTING and vm.is_unused:
+        for vm in self._machines.having(VMState.BOOTING):
+            if not self._planner.needs(vm):
                 self._terminate(vm)
 
-    def _may_leave(self, vm: VM) -> bool:
-        if self._stopping or self._waiting or not self._planner.strategy(vm.strategy).reuses_vms:
-            return True
-        return self._retires_in(vm) <= 0
+    def _retirable(self) -> list[VM]:
+        """The idle VMs that may have to go now: those whose date has come, or all of them when
+        somebody else waits for their place or nobody is left to use them."""
+        if self._stopping or self._planner.is_starved or self._planner.nothing_to_come:
+            return list(self._machines.idle.values())
+        return self._machines.due(self._now)
 
-    def _retires_in(self, vm: VM) -> float:
-        """Seconds until an idle VM should go."""
-        return self._planner.retires_in(vm, self._vms.values(), self._clock())
+    def _may_leave(self, vm: VM) -> bool:
+        if self._stopping or not self._planner.may_keep(vm):
+            return True
+        left = self._planner.retires_in(vm, self._now)
+        if left > 0:
+            self._machines.retire_at(vm, self._now + left)
+        return left <= 0
 
     # -- the end of the run
 
     def _clear_slurm(self) -> Mapping[str, list[str]]:
         """Cancels the run's jobs, stops the nodes from taking others; returns the nodes with jobs of
         somebody else, by name."""
-        names = [
-            vm.name for vm in self._vms.values() if vm.state in (VMState.READY, VMState.DRAINING)
-        ]
+        names = [vm.name for vm in self._machines.having(VMState.READY, VMState.DRAINING)]
         self._try_cluster(lambda: self._cluster.cancel_run(self._config.job_name))
         self._try_cluster(lambda: self._cluster.drain(names, "schlouder: the run has ended"))
         try:
@@ -771,16 +806,17 @@ class Broker:
         for task in self._submitted.values():
             self._end(task, TaskState.CANCELLED, "the run was ended")
         self._submitted.clear()
-        for vm in self._vms.values():
+        for vm in self._machines:
             vm.active.clear()
 
     def _terminate_all(self, vms: Sequence[VM]) -> None:
         """In one call; machines whose launch was never answered are found by the run's tag."""
         ids = {vm.instance_id for vm in vms if vm.instance_id is not None}
-        kept = {vm.instance_id for vm in self._vms.values() if vm not in vms}
+        kept = {vm.instance_id for vm in self._machines} - {vm.instance_id for vm in vms}
         for vm in vms:
             if vm.state != VMState.GONE:
-                vm.state, vm.ended = VMState.TERMINATING, vm.ended or self._clock()
+                vm.ended = vm.ended or self._now
+                self._move(vm, VMState.TERMINATING)
                 self._note(vm, "terminating")
         self._flush()
         try:
@@ -799,19 +835,20 @@ class Broker:
         """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
         machine that is ending costs nothing more, so that its last breath is waited for only shortly.
         False if that did not come about."""
-        begun = asked = self._clock()
-        while self._clock() - begun < _RELEASE_PATIENCE:
+        begun = asked = self._now
+        while self._now - begun < _RELEASE_PATIENCE:
             self._describe()
             for vm in vms:
                 if not vm.node_deleted:
                     self._remove_node(vm)
             safe = all(vm.ending and vm.node_deleted for vm in vms)
-            late = self._clock() - begun > _LAST_BREATH
+            late = self._now - begun > _LAST_BREATH
             if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
                 return True
             self._sleep(_RELEASE_PAUSE)
-            if self._clock() - asked > self._config.describe_every:
-                asked = self._clock()
+            self._now = self._clock()
+            if self._now - asked > self._config.describe_every:
+                asked = self._now
                 self._terminate_all([vm for vm in vms if not vm.ending])
         return False
 
@@ -852,8 +889,9 @@ class Broker:
 
     def _vm_of(self, task: Task) -> VM:
         """The VM of a task that has one."""
-        assert task.vm is not None
-        return self._vms[task.vm]
+        vm = self._machines.get(task.vm)
+        assert vm is not None
+        return vm
 
     def _name(self, vm: VM) -> str:
         return f"VM {vm.instance_id or '(not started)'} ({vm.name})"
@@ -864,9 +902,27 @@ class Broker:
         except CloudUnavailable as error:
             self._tell(f"EC2 does not answer: {error}", logging.WARNING)
 
+    def _move(self, vm: VM, state: VMState) -> None:
+        """Gives `vm` another state, and sees that books and plans hear of it."""
+        self._machines.move(vm, state)
+        if state == VMState.READY:
+            vm.recount(self._now)
+        if vm.is_open:
+            self._changed(vm)
+        else:
+            self._planner.closed(vm)
+
+    def _changed(self, vm: VM) -> None:
+        """What `vm` does, or is to do, has changed."""
+        self._machines.note(vm)
+        self._planner.changed(vm)
+        if vm.state == VMState.READY and vm.is_unused and vm.idle_since is not None:
+            left = self._planner.retires_in(vm, self._now)
+            self._machines.retire_at(vm, self._now + max(0.0, left))
+
     def _note(self, vm: VM, what: str) -> None:
         self._dirty_vms[vm.name] = vm
-        self._events.append((self._clock(), vm.name, what))
+        self._events.append((self._now, vm.name, what))
         self._log.debug(f"{self._name(vm)}: {what}")
 
     def _dirty(self, task: Task) -> None:
@@ -895,12 +951,12 @@ class Broker:
 
     def _journal_fails(self, error: sqlite3.Error) -> None:
         if self._journal_failed is None:
-            self._journal_failed = self._clock()
+            self._journal_failed = self._now
         self._tell(
             f"The journal cannot be written ({error}); nothing new is started until it can.",
             logging.ERROR,
         )
-        if self._clock() - self._journal_failed > _JOURNAL_PATIENCE and not self._stopping:
+        if self._now - self._journal_failed > _JOURNAL_PATIENCE and not self._stopping:
             self._stopping = True
             self._log.error("The journal stays unwritable; the run ends with what is running.")
 

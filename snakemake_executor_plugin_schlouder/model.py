@@ -6,7 +6,7 @@ Times are seconds since the epoch, durations seconds, memory MiB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -129,11 +129,11 @@ class Billing:
 class Task:
     """One Snakemake job (or group job) on its way through the broker.
 
-    `limit` is the rule's `runtime` in seconds, `planned` what it is expected to take
-    (`schlouder_walltime`, else `runtime`), `attempt` counts the submissions to Slurm, `losses` the
-    machines that were lost under it. `recalled`: we cancelled the submission and will make another.
-    `started` and
-    `ended` are Slurm's times of the last attempt. The failure of a task with `ends_run` ends the run.
+    `limit` is the rule's `runtime` in seconds, `planned` what the user says it takes
+    (`schlouder_walltime`, else `runtime`), `expected` what was planned with, `attempt` counts the
+    submissions to Slurm, `losses` the machines that were lost under it. `recalled`: we cancelled the
+    submission and will make another. `started` and `ended` are Slurm's times of the last attempt. The
+    failure of a task with `ends_run` ends the run.
     """
 
     key: str
@@ -146,6 +146,7 @@ class Task:
     ends_run: bool = False
     limit: float | None = None
     planned: float | None = None
+    expected: float | None = None
     state: TaskState = TaskState.PENDING
     received: float = 0.0
     started: float | None = None
@@ -164,6 +165,9 @@ class Task:
 
     @property
     def walltime(self) -> float:
+        """Seconds it is taken to run."""
+        if self.expected is not None:
+            return self.expected
         return DEFAULT_WALLTIME if self.planned is None else self.planned
 
 
@@ -173,7 +177,8 @@ class VM:
 
     `requested` is when it was asked for, `meter` when the provider's meter started (if it has said so),
     `boot_planned` the predicted seconds from request to ready. `queue` holds what is planned for it,
-    `active` what Slurm was given (by task key). `ending` is set
+    `active` what Slurm was given (by task key). `free_at` is the date at which all of it should be done,
+    `unstarted` the seconds of it that have not begun. `ending` is set
     once the cloud itself says that the machine is on its way out, from when it costs nothing more;
     `node_deleted` once Slurm has no record of it any more.
     """
@@ -195,8 +200,13 @@ class VM:
     reason: str = ""
     ending: bool = False
     node_deleted: bool = False
-    queue: list[Task] = field(default_factory=list)
+    queue: deque[Task] = field(default_factory=deque)
     active: dict[str, Task] = field(default_factory=dict)
+    free_at: float = 0.0
+    unstarted: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.free_at = self.requested + self.boot_planned
 
     @property
     def is_open(self) -> bool:
@@ -226,60 +236,56 @@ class VM:
         memory = sum(task.need.memory for task in self.active.values())
         return self.type.fits(Need(cpus + need.cpus, memory + need.memory))
 
+    def free(self) -> Need:
+        """What is left beside all that runs there and is planned for it."""
+        tasks = (*self.active.values(), *self.queue)
+        return Need(
+            self.type.cpus - sum(task.need.cpus for task in tasks),
+            self.type.node_memory - sum(task.need.memory for task in tasks),
+        )
+
     def uptime(self, now: float) -> float:
         """Seconds the provider counts."""
         return now - (self.requested if self.meter is None else self.meter)
 
     def idle_at(self, now: float) -> float:
-        """Predicted date at which all that is planned for it is done.
+        """Predicted date at which all that is planned for it is done. What runs longer than planned
+        is taken to end now."""
+        return max(self.free_at, now + self.unstarted)
 
-        Work is counted in CPU seconds and spread over its CPUs; what runs longer than planned is
-        taken to end now.
-        """
-        start = max(now, self.requested + self.boot_planned) if self.is_booting else now
-        work = 0.0
-        for task in self.active.values():
-            left = task.walltime - max(0.0, now - task.started if task.started else 0.0)
-            work += max(0.0, left) * task.need.cpus
-        work += sum(task.walltime * task.need.cpus for task in self.queue)
-        return start + work / self.type.cpus
+    def share(self, task: Task) -> float:
+        """Seconds `task` adds to the idle date: its CPU seconds, spread over the machine's CPUs."""
+        return task.walltime * task.need.cpus / self.type.cpus
 
+    def plan(self, task: Task, now: float) -> None:
+        """Puts `task` at the end of the queue."""
+        share = self.share(task)
+        self.free_at = self.idle_at(now) + share
+        self.unstarted += share
+        self.queue.append(task)
 
-@dataclass
-class Fleet:
-    """What a strategy may see and ask: the open VMs of its pool, in the order of their request.
+    def has_begun(self, task: Task, started: float) -> None:
+        """A task of `active` runs since `started`."""
+        if not any(other.started for other in self.active.values() if other is not task):
+            self.free_at = started + self.unstarted
+        self.unstarted -= self.share(task)
 
-    `boot_time` is the predicted boot of a VM that would be requested now; `may_grow` whether one could
-    be, or the cap is reached.
-    """
+    def has_ended(self, task: Task, now: float) -> None:
+        """A task that ran has left `active`."""
+        if any(other.started for other in self.active.values()):
+            took = now - (task.started or now)
+            self.free_at += (took - task.walltime) * task.need.cpus / self.type.cpus
+        else:
+            self.recount(now)
 
-    vms: list[VM]
-    now: float
-    boot_time: float
-    may_grow: bool = True
-    billing: Billing = field(default_factory=Billing)
-
-    def __iter__(self) -> Iterator[VM]:
-        return iter(self.vms)
-
-    def first(self) -> VM | None:
-        return self.vms[0] if self.vms else None
-
-    def idle_first(self) -> VM | None:
-        """The VM that is predicted to be idle before the others."""
-        return min(self.vms, key=self.idle_at, default=None)
-
-    def idle_at(self, vm: VM) -> float:
-        """Predicted idle date of `vm`."""
-        return vm.idle_at(self.now)
-
-    def paid_left(self, vm: VM, task: Task | None = None) -> float:
-        """R(v): seconds left of the quanta `vm` has begun once it is idle; R(v,t) with `task` added."""
-        until_idle = self.idle_at(vm) - vm.requested
-        if task is not None:
-            until_idle += task.walltime * task.need.cpus / vm.type.cpus
-        return self.billing.left_of_quantum(until_idle, self.billing.quantum(self.boot_time))
-
-    def fits(self, vm: VM, task: Task) -> bool:
-        """Whether `task` ends within the quanta `vm` has begun, margin included."""
-        return self.paid_left(vm, task) <= self.paid_left(vm)
+    def recount(self, now: float) -> None:
+        """Takes idle date and unstarted work anew from what is in the queue and in `active`."""
+        begun = [task for task in self.active.values() if task.started]
+        waiting = [task for task in self.active.values() if not task.started]
+        self.unstarted = sum(self.share(task) for task in (*waiting, *self.queue))
+        left = sum(
+            max(0.0, task.walltime - (now - (task.started or now))) * task.need.cpus
+            for task in begun
+        )
+        up = self.requested + self.boot_planned if self.is_booting else now
+        self.free_at = max(up, now) + left / self.type.cpus + self.unstarted

@@ -5,12 +5,14 @@ Decides on data alone: no I/O, and the time is told. The broker acts on the `Pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from . import strategies
-from .model import VM, Billing, Fleet, InstanceType, Need, Task, TaskState
-from .prediction import BootPredictor
+from .fleet import Fleet
+from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
+from .pool import Backlog, Pool
+from .prediction import BootPredictor, Walltimes
 
 
 @dataclass
@@ -25,29 +27,8 @@ class Plan:
     broken: str = ""
 
 
-@dataclass
-class _Round:
-    """What holds while the tasks of one round are placed; VMs started in it count at once."""
-
-    now: float
-    room: int
-    refusal: str
-    booting: int
-    plan: Plan = field(default_factory=Plan)
-    pools: dict[tuple[str, str], list[VM]] = field(default_factory=dict)
-
-    def pool(self, strategy: str, kind: InstanceType) -> list[VM]:
-        return self.pools.setdefault((strategy, kind.name), [])
-
-    def start(self, vm: VM) -> None:
-        self.plan.started.append(vm)
-        self.pool(vm.strategy, vm.type).append(vm)
-        self.room -= 1
-        self.booting += 1
-
-
 class Planner:
-    """Keeps the strategies of a run and what is known of the tasks to come.
+    """Keeps the pools of a run: per strategy and instance type the VMs, and what waits for them.
 
     `new_vm` makes a VM of a strategy and a type with the given predicted boot time.
     """
@@ -57,88 +38,259 @@ class Planner:
         types: Sequence[InstanceType],
         billing: Billing,
         boots: BootPredictor,
+        walltimes: Walltimes,
         new_vm: Callable[[str, InstanceType, float], VM],
     ) -> None:
         self._types = types
         self._billing = billing
         self._boots = boots
+        self._walltimes = walltimes
         self._new_vm = new_vm
-        self._strategies: dict[str, strategies.Strategy] = {}
+        self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, list[Need]] = {}
+        self._to_come = 0
+        self._pools: dict[tuple[str, str], Pool] = {}
+        self._pool_of: dict[str, Pool] = {}
+        self._booting: set[str] = set()
+        self._left = 0
+
+    # -- what the broker tells
 
     def expect(self, needs: Iterable[tuple[str, Need]]) -> None:
         """Announces tasks that may come, as (strategy, need)."""
         for strategy, need in needs:
             self._expected.setdefault(strategy, []).append(need)
+            self._to_come += 1
+
+    def changed(self, vm: VM) -> None:
+        """What `vm` does, or is to do, has changed."""
+        pool = self._pool_of.get(vm.name)
+        if pool is not None:
+            pool.fleet.update(vm)
+            pool.touched[vm.name] = vm
+        if not vm.is_booting:
+            self._booting.discard(vm.name)
+
+    def closed(self, vm: VM) -> None:
+        """`vm` takes no more tasks."""
+        pool = self._pool_of.pop(vm.name, None)
+        if pool is not None:
+            pool.fleet.remove(vm)
+            pool.touched.pop(vm.name, None)
+            pool.is_stale = True
+        self._booting.discard(vm.name)
+
+    def take_backlog(self) -> list[Task]:
+        """Gives out every task that has no VM yet, for good."""
+        return [task for pool in self._pools.values() for task in pool.backlog.clear()]
+
+    # -- what the broker asks
 
     def strategy(self, name: str) -> strategies.Strategy:
-        if name not in self._strategies:
-            self._strategies[name] = strategies.make(name)
-        return self._strategies[name]
+        """The strategy of this name, for its properties."""
+        if name not in self._checked:
+            self._checked[name] = strategies.make(name)
+        return self._checked[name]
 
-    def retires_in(self, vm: VM, vms: Iterable[VM], now: float) -> float:
-        """Seconds until an idle VM of `vms` should go."""
+    @property
+    def is_starved(self) -> bool:
+        """Whether tasks find no VM because others have taken the room."""
+        return self._left > 0 or any(pool.is_starved for pool in self._pools.values())
+
+    @property
+    def nothing_to_come(self) -> bool:
+        """Whether every task that was announced is here; True if none was."""
+        return self._to_come <= 0
+
+    def needs(self, vm: VM) -> bool:
+        """Whether a VM that is not up yet is worth waiting for."""
+        pool = self._pool_of.get(vm.name)
+        return not vm.is_unused or (pool is not None and len(pool.backlog) > 0)
+
+    def may_keep(self, vm: VM) -> bool:
+        """Whether an idle VM can still be of use to its own pool, and stands in no other's way."""
+        pool = self._pool_of[vm.name]
+        if not pool.strategy.reuses_vms or self._left > 0:
+            return False
+        return not any(other.is_starved for other in self._pools.values() if other is not pool)
+
+    def retires_in(self, vm: VM, now: float) -> float:
+        """Seconds until an idle VM should go; with units shorter than a boot at once when nothing is
+        left that could use it."""
         idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
-        boot_time = self._boots.predict(sum(1 for other in vms if other.is_booting))
+        boot_time = self._boots.predict(len(self._booting))
+        pool = self._pool_of.get(vm.name)
+        unused = self.nothing_to_come and (pool is None or not pool.backlog)
+        if unused and self._billing.unit <= boot_time:
+            return self._billing.minimum - vm.uptime(now)
         return self._billing.retires_in(vm.uptime(now), idle_for, boot_time)
 
-    def place(
-        self, waiting: Sequence[Task], vms: Mapping[str, VM], now: float, room: int, refusal: str
-    ) -> Plan:
+    def place(self, waiting: Sequence[Task], now: float, room: int, refusal: str) -> Plan:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
         `refusal`: why none can be, if that is for good."""
-        round_ = _Round(now, room, refusal, sum(1 for vm in vms.values() if vm.is_booting))
-        for vm in vms.values():
-            if vm.is_open:
-                round_.pool(vm.strategy, vm.type).append(vm)
+        round_ = _Round(now, room, refusal)
         for task in waiting:
-            kind = self._type_for(task)
-            if kind is None:
+            self._to_come -= task.attempt == 0 and task.losses == 0
+            pool = self._pool_for(task)
+            if pool is None:
                 reason = too_big(f"rule {task.rule}", task.need, self._types)
                 round_.plan.failed.append((task, reason))
+            elif isinstance(pool.strategy, strategies.Pooled):
+                self._keep(task, pool)
             else:
-                self._place(task, kind, round_)
+                self._place(task, pool, round_)
+        for pool in self._pools.values():
+            if isinstance(pool.strategy, strategies.Pooled):
+                self._arrange_safely(pool, round_)
+        self._left = len(round_.plan.left)
         return round_.plan
 
-    def _place(self, task: Task, kind: InstanceType, round_: _Round) -> None:
-        plan, pool = round_.plan, round_.pool(task.strategy, kind)
-        boot_time = self._boots.predict(round_.booting)
-        fleet = Fleet(pool, round_.now, boot_time, round_.room > 0, self._billing)
+    # -- strategies that choose a VM for each task
+
+    def _place(self, task: Task, pool: Pool, round_: _Round) -> None:
+        plan = round_.plan
+        if task.planned is None:
+            task.expected = self._walltimes.expected(task.rule, None)
+        self._look(pool, round_)
         try:
-            vm = self._ask(task, fleet)
+            vm = self._ask(task, pool)
         except Exception as error:
             plan.broken = f"strategy {task.strategy!r} failed: {error!r}"
             plan.failed.append((task, plan.broken))
             return
         if vm is None and round_.room > 0:
-            vm = self._new_vm(task.strategy, kind, boot_time)
-            round_.start(vm)
-        vm = vm or fleet.idle_first()
+            vm = self._start(pool, round_)
+        vm = vm or pool.fleet.idle_first()
         if vm is not None:
-            _assign(task, vm)
-            plan.assigned.append(task)
+            self._assign(task, vm, pool, round_)
         elif round_.refusal:
             plan.failed.append((task, f"no VM can be started: {round_.refusal}"))
         else:
+            self._to_come += task.attempt == 0 and task.losses == 0
             plan.left.append(task)
 
-    def _ask(self, task: Task, fleet: Fleet) -> VM | None:
-        chosen = self.strategy(task.strategy).choose(task, fleet)
-        if chosen is not None and not any(chosen is vm for vm in fleet.vms):
+    def _ask(self, task: Task, pool: Pool) -> VM | None:
+        chosen = pool.strategy.choose(task, pool.fleet)
+        if chosen is not None and chosen not in pool.fleet:
             raise ValueError(f"it chose {chosen!r}, which is no VM of its fleet")
         return chosen
+
+    # -- strategies that keep the tasks until a VM has room
+
+    def _keep(self, task: Task, pool: Pool) -> None:
+        pool.backlog.add(task)
+        pool.is_stale = True
+
+    def _arrange_safely(self, pool: Pool, round_: _Round) -> None:
+        try:
+            self._arrange(pool, round_)
+        except Exception as error:
+            round_.plan.broken = f"strategy {pool.strategy.name!r} failed: {error!r}"
+
+    def _arrange(self, pool: Pool, round_: _Round) -> None:
+        """Starts the VMs the pool's plan wants, and gives tasks to those that have room."""
+        if not pool.backlog:
+            pool.is_starved = False
+            pool.touched.clear()
+            return
+        if not (pool.is_stale or pool.touched):
+            return
+        self._look(pool, round_)
+        missing = _pooled(pool).missing(pool)
+        if missing == 0 and not len(pool.fleet):
+            missing = 1
+        while missing > 0 and round_.room > 0:
+            self._start(pool, round_)
+            missing -= 1
+        pool.is_starved = missing > 0
+        if not len(pool.fleet) and round_.refusal:
+            reason = f"no VM can be started: {round_.refusal}"
+            round_.plan.failed += [(task, reason) for task in pool.backlog.clear()]
+        self._feed(pool, round_)
+
+    def _feed(self, pool: Pool, round_: _Round) -> None:
+        """Every VM with room is asked for; one that got nothing is asked for again when the plan or
+        something on it has changed. A pool in which nothing moves is given its longest task."""
+        takers = list(pool.fleet) if pool.is_stale else list(pool.touched.values())
+        pool.is_stale = False
+        pool.touched.clear()
+        for vm in takers:
+            while pool.backlog and pool.takes_more(vm):
+                task = _pooled(pool).pick(vm, pool)
+                if task is None:
+                    break
+                self._assign(pool.backlog.take(task), vm, pool, round_)
+        idle = [vm for vm in takers if vm.state == VMState.READY and vm.is_unused]
+        if idle and pool.backlog and not pool.moves:
+            longest = pool.backlog.longest(idle[0])
+            if longest is not None:
+                self._assign(pool.backlog.take(longest), idle[0], pool, round_)
+
+    # -- both
+
+    def _look(self, pool: Pool, round_: _Round) -> None:
+        boot_time = self._boots.predict(len(self._booting))
+        pool.fleet.look(round_.now, boot_time, round_.room > 0)
+        pool.room = round_.room
+
+    def _boot_time(self, after: int) -> float:
+        return self._boots.predict(len(self._booting) + after)
+
+    def _start(self, pool: Pool, round_: _Round) -> VM:
+        vm = self._new_vm(pool.strategy.name, pool.kind, pool.fleet.boot_time)
+        self._booting.add(vm.name)
+        self._pool_of[vm.name] = pool
+        pool.fleet.add(vm)
+        round_.plan.started.append(vm)
+        round_.room -= 1
+        self._look(pool, round_)
+        return vm
+
+    def _assign(self, task: Task, vm: VM, pool: Pool, round_: _Round) -> None:
+        """A task that states no memory takes its CPUs' share of the machine's."""
+        memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus
+        task.need = Need(task.need.cpus, memory)
+        task.state, task.vm = TaskState.SCHEDULED, vm.name
+        vm.plan(task, round_.now)
+        pool.fleet.update(vm)
+        round_.plan.assigned.append(task)
+
+    def _pool_for(self, task: Task) -> Pool | None:
+        kind = self._type_for(task)
+        if kind is None:
+            return None
+        key = (task.strategy, kind.name)
+        if key not in self._pools:
+            fleet = Fleet(self._billing)
+            backlog = Backlog(self._walltimes)
+            strategy = strategies.make(task.strategy)
+            self._pools[key] = Pool(strategy, kind, fleet, backlog, self._boot_time)
+        return self._pools[key]
 
     def _type_for(self, task: Task) -> InstanceType | None:
         """The first allowed type that fits the task; for a one-type strategy, the first that fits
         everything known to use it, else as if there were only this task."""
-        needs = [task.need]
         if self.strategy(task.strategy).one_type:
-            needs += self._expected.get(task.strategy, [])
-        for wanted in (needs, [task.need]):
+            needs = [task.need, *self._expected.get(task.strategy, [])]
             for kind in self._types:
-                if all(kind.fits(need) for need in wanted):
+                if all(kind.fits(need) for need in needs):
                     return kind
-        return None
+        return next((kind for kind in self._types if kind.fits(task.need)), None)
+
+
+@dataclass
+class _Round:
+    """What holds while the tasks of one round are placed."""
+
+    now: float
+    room: int
+    refusal: str
+    plan: Plan = field(default_factory=Plan)
+
+
+def _pooled(pool: Pool) -> strategies.Pooled:
+    assert isinstance(pool.strategy, strategies.Pooled)
+    return pool.strategy
 
 
 def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
@@ -148,11 +300,3 @@ def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
         f"{what} needs {need.cpus} cpus and {need.memory} MiB; the allowed instance types offer {offers}. "
         "Lower threads or mem_mb, or allow a larger type with --schlouder-instance-types"
     )
-
-
-def _assign(task: Task, vm: VM) -> None:
-    """A task that states no memory takes its CPUs' share of the machine's."""
-    memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus
-    task.need = Need(task.need.cpus, memory)
-    task.state, task.vm = TaskState.SCHEDULED, vm.name
-    vm.queue.append(task)

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .broker import Broker, BrokerConfig
-from .journal import Journal, RunRecord
 from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
-from .prediction import BootPredictor
+from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
 from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus
 from .slurm.states import JobPhase
 from .tasklist import RecordedBoot, TaskList
 
 ONE_CORE = InstanceType("one-core", 1, 4096)
+_NEED = Need(1, 1)
 _SILENT = logging.getLogger("schlouder.simulation")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
@@ -33,13 +33,16 @@ _SILENT.propagate = False
 @dataclass(frozen=True)
 class Scenario:
     """What a simulation needs besides the tasks. `boots` predicts; what boots really take comes from
-    the task list, in the order of the requests, and for further VMs from the prediction."""
+    the task list, in the order of the requests, and for further VMs from `real_boots`, or else from the
+    prediction. `walltimes`: what is known of the users' estimates beforehand."""
 
     strategy: str
     max_vms: int
     billing: Billing
     boots: BootPredictor
     period: float = 1.0
+    real_boots: BootPredictor | None = None
+    walltimes: Walltimes | None = None
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,29 @@ class _Node:
     up: bool = False
     drained: bool = False
 
+    @property
+    def status(self) -> NodeStatus:
+        return NodeStatus(self.instance.node, "drained" if self.drained else "idle", True, "")
+
 
 class _World:
-    """The ports `Cloud` and `Cluster` in one: machines, nodes and jobs in virtual time."""
+    """The ports `Cloud` and `Cluster` in one: machines, nodes and jobs in virtual time. A view holds
+    what has changed since the last one."""
 
     def __init__(self, tasks: TaskList, boots: BootPredictor, walltimes: dict[str, float]) -> None:
         self.now = 0.0
         self.events: list[tuple[float, int, str, str]] = []
         self.nodes: dict[str, _Node] = {}
         self.ended: dict[str, float] = {}
-        self._recorded = list(tasks.boots)
+        self._recorded = tasks.boots
         self._boots = boots
         self._walltimes = walltimes
         self._count = 0
-        self._jobs: dict[str, JobStatus] = {}
+        self._booting = 0
+        self._instances: dict[str, _Node] = {}
+        self._changed_jobs: dict[str, JobStatus] = {}
+        self._changed_nodes: dict[str, _Node] = {}
+        self._started: dict[str, float] = {}
 
     def clock(self) -> float:
         return self.now
@@ -97,29 +109,31 @@ class _World:
         return [self._launch(request) for request in requests]
 
     def _launch(self, request: LaunchRequest) -> Instance:
-        boot = self._boot(len(self.nodes))
+        number = len(self.nodes)
+        boot = self._boot(number)
         started = max(self.now, boot.provisioned)
         ready = started + boot.seconds + boot.lag
         instance = Instance(
-            f"i-{len(self.nodes)}", request.node, "", "running", request.type.name, "", started
+            f"i-{number}", request.node, "", "running", request.type.name, "", started
         )
-        self.nodes[request.node] = _Node(instance)
+        node = _Node(instance)
+        self.nodes[request.node] = self._instances[instance.id] = node
+        self._booting += 1
         self.push(ready, "up", request.node)
         return instance
 
     def _boot(self, index: int) -> RecordedBoot:
         if index < len(self._recorded):
             return self._recorded[index]
-        booting = sum(1 for node in self.nodes.values() if not node.up)
-        return RecordedBoot(self._boots.predict(booting))
+        return RecordedBoot(self._boots.predict(self._booting))
 
     def instances(self, run: str) -> list[Instance]:
         return [node.instance for node in self.nodes.values()]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
-        for node in self.nodes.values():
-            if node.instance.id in instance_ids:
-                node.instance = replace(node.instance, state="terminated")
+        for instance_id in instance_ids:
+            node = self._instances[instance_id]
+            node.instance = replace(node.instance, state="terminated")
 
     def console(self, instance_id: str) -> str:
         return ""
@@ -132,29 +146,21 @@ class _World:
     def submit(self, job: JobRequest) -> str:
         node = self.nodes[job.node]
         node.jobs.append(job)
-        self._jobs[job.key] = JobStatus(
-            job.key, job.key, JobPhase.WAITING, "PENDING", "", None, None
-        )
         if len(node.jobs) == 1:
             self._start(node)
         return job.key
 
     def view(self, run: str) -> ClusterView:
-        jobs, self._jobs = (
-            self._jobs,
-            {key: status for key, status in self._jobs.items() if status.ended is None},
+        jobs, self._changed_jobs = self._changed_jobs, {}
+        nodes, self._changed_nodes = self._changed_nodes, {}
+        return ClusterView(
+            jobs, {name: node.status for name, node in nodes.items()}, is_complete=False
         )
-        nodes = {
-            name: NodeStatus(name, "drained" if node.drained else "idle", True, "")
-            for name, node in self.nodes.items()
-            if node.up and node.instance.is_alive
-        }
-        return ClusterView(jobs, nodes)
 
     def cancel_run(self, run: str) -> None: ...
 
     def knows(self, slurm_id: str) -> bool:
-        return slurm_id in self._jobs
+        return True
 
     def cancel(self, slurm_ids: Sequence[str]) -> None: ...
 
@@ -164,6 +170,7 @@ class _World:
     def drain(self, nodes: Iterable[str], reason: str) -> None:
         for name in nodes:
             self.nodes[name].drained = True
+            self._changed_nodes[name] = self.nodes[name]
 
     def fail(self, node: str, reason: str) -> None: ...
 
@@ -172,29 +179,41 @@ class _World:
 
     # -- time
 
-    def happen(self, kind: str, name: str) -> None:
+    def happen(self, kind: str, name: str) -> str | None:
+        """An event on a node; returns the task that ended with it."""
         node = self.nodes[name]
         if kind == "up":
             node.up = True
-        else:
-            self._finish(node)
+            self._booting -= 1
+            self._changed_nodes[name] = node
+            return None
+        return self._finish(node)
 
     def _start(self, node: _Node) -> None:
         job = node.jobs[0]
-        self._jobs[job.key] = JobStatus(
+        self._started[job.key] = self.now
+        self._changed_jobs[job.key] = JobStatus(
             job.key, job.key, JobPhase.RUNNING, "RUNNING", "", self.now, None
         )
         self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.node)
 
-    def _finish(self, node: _Node) -> None:
+    def _finish(self, node: _Node) -> str:
         job = node.jobs.popleft()
-        begun = self._jobs[job.key].started
-        self._jobs[job.key] = JobStatus(
+        begun = self._started.pop(job.key)
+        self._changed_jobs[job.key] = JobStatus(
             job.key, job.key, JobPhase.SUCCEEDED, "COMPLETED", "", begun, self.now
         )
-        self.ended[_task_of(job.key)] = self.now
+        task = _task_of(job.key)
+        self.ended[task] = self.now
         if node.jobs:
             self._start(node)
+        return task
+
+
+class _NoBooks:
+    """A simulation leaves nothing behind."""
+
+    def write(self, run: str, *changes: object, **more: object) -> None: ...
 
 
 class Simulation:
@@ -204,15 +223,13 @@ class Simulation:
         self._tasks = {task.name: task for task in tasks.tasks}
         self._scenario = scenario
         self._order = {task.name: number for number, task in enumerate(tasks.tasks)}
-        self._waits = {task.name: set(task.after) for task in tasks.tasks}
+        self._waits = {task.name: set(task.after) for task in tasks.tasks if task.after}
         self._followers: dict[str, list[str]] = {}
         for task in tasks.tasks:
             for name in task.after:
                 self._followers.setdefault(name, []).append(task.name)
         walltimes = {task.name: task.real for task in tasks.tasks}
-        self._world = _World(tasks, scenario.boots, walltimes)
-        self._journal = Journal(":memory:")
-        self._journal.begin_run(RunRecord("sim", "", "", 0, "", "", scenario.strategy, 0.0))
+        self._world = _World(tasks, scenario.real_boots or scenario.boots, walltimes)
         config = BrokerConfig(
             run="sim",
             workdir=Path("/nonexistent"),
@@ -221,19 +238,21 @@ class Simulation:
             max_vms=scenario.max_vms,
             billing=scenario.billing,
             boot_timeout=math.inf,
-            describe_every=0.0,
+            describe_every=math.inf,
         )
-        self._broker = Broker(
+        self.broker = Broker(
             config,
             self._world,
             self._world,
-            self._journal,
+            _NoBooks(),
             _SILENT,
             clock=self._world.clock,
             boots=scenario.boots,
+            walltimes=scenario.walltimes,
             witness=lambda path: None,
             revoke=lambda path: False,
         )
+        self.broker.expect((scenario.strategy, _NEED) for _ in tasks.tasks)
 
     def run(self) -> Outcome:
         for task in self._tasks.values():
@@ -242,14 +261,14 @@ class Simulation:
         while (date := self._next_round()) is not None:
             self._play_until(date)
             self._world.now = date
-            for ended in self._broker.tick():
+            for ended in self.broker.tick():
                 if ended.state != TaskState.COMPLETE:
                     raise SchlouderError(f"{ended.name}: {ended.reason}")
         return self._outcome()
 
     def _next_round(self) -> float | None:
         """The next date of the broker's clock at which there is something to do."""
-        wake = self._broker.next_change()
+        wake = self.broker.next_change()
         event = self._world.events[0][0] if self._world.events else None
         dates = [date for date in (wake, event) if date is not None]
         if not dates:
@@ -264,15 +283,11 @@ class Simulation:
             self._world.now, _, kind, name = heapq.heappop(self._world.events)
             if kind == "arrive":
                 arrived.append(name)
-                continue
-            running = self._world.nodes[name].jobs
-            ended = _task_of(running[0].key) if kind == "end" else None
-            self._world.happen(kind, name)
-            if ended is not None:
+            elif (ended := self._world.happen(kind, name)) is not None:
                 self._release(ended, arrived, date)
         if arrived:
             arrived.sort(key=self._order.__getitem__)
-            self._broker.submit([self._task(name) for name in arrived])
+            self.broker.submit([self._task(name) for name in arrived])
 
     def _release(self, ended: str, arrived: list[str], date: float) -> None:
         """Tasks that waited for `ended` only, and were submitted, may start now."""
@@ -289,10 +304,10 @@ class Simulation:
         return Task(
             key=name,
             name=name,
-            rule="task",
+            rule=self._tasks[name].rule,
             jobid=name,
             strategy=self._scenario.strategy,
-            need=Need(1, 1),
+            need=_NEED,
             command="",
             planned=self._tasks[name].predicted,
         )
@@ -300,9 +315,9 @@ class Simulation:
     def _outcome(self) -> Outcome:
         billing = self._scenario.billing
         uptimes = [
-            vm.ended - (vm.meter or vm.requested)
-            for vm in self._broker.vms()
-            if vm.ended is not None
+            vm.ended - (vm.requested if vm.meter is None else vm.meter)
+            for vm in self.broker.vms()
+            if vm.ended is not None and vm.instance_id is not None
         ]
         return Outcome(
             vms=len(uptimes),

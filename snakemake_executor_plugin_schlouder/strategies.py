@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+from abc import abstractmethod
 from typing import ClassVar, Protocol
 
-from .model import VM, Fleet, SchlouderError, Task
+from .fleet import Fleet
+from .layout import Batch, Layout, Seat
+from .model import VM, SchlouderError, Task
+from .pool import Pool
 
 ENTRY_POINTS = "schlouder.strategies"
 """The group under which packages offer strategies of their own."""
@@ -67,7 +72,7 @@ class Asap:
         if not fleet.may_grow:
             return fleet.idle_first()
         ready = fleet.now + fleet.boot_time
-        soon = [vm for vm in fleet if fleet.idle_at(vm) < ready]
+        soon = fleet.idle_before(ready)
         return min(soon, key=lambda vm: fleet.paid_left(vm, task), default=None)
 
 
@@ -80,8 +85,7 @@ class Afap:
     one_type: ClassVar[bool] = False
 
     def choose(self, task: Task, fleet: Fleet) -> VM | None:
-        fitting = [vm for vm in fleet if fleet.fits(vm, task)]
-        return min(fitting, key=lambda vm: fleet.paid_left(vm, task), default=None)
+        return fleet.tightest(task)
 
 
 class FirstFit:
@@ -107,8 +111,104 @@ class WorstFit:
         return max(fitting, key=lambda vm: fleet.paid_left(vm, task), default=None)
 
 
-_CLASSICS: tuple[type[Strategy], ...] = (OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit)
-_STRATEGIES = {cls.name: cls for cls in _CLASSICS}
+class Pooled:
+    """A strategy that keeps its tasks until a VM has room, so that nothing is final before it runs.
+
+    It lays the rest of the batch out on the VMs there are and could be (`layout.py`), anew whenever
+    tasks have come or a tenth of them has gone, with the estimates corrected by what was learned.
+    """
+
+    name: ClassVar[str] = ""
+    reuses_vms: ClassVar[bool] = True
+    one_type: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._stops: dict[str, float] = {}
+        self._unnamed: list[float] = []
+        self._planned_for = 0
+
+    @abstractmethod
+    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
+        """The plan for what is left of the batch."""
+
+    def choose(self, task: Task, fleet: Fleet) -> VM | None:
+        raise NotImplementedError("its tasks are picked when a VM has room")
+
+    def missing(self, pool: Pool) -> int:
+        """How many VMs are to be started now."""
+        if not (pool.is_stale or self._is_outdated(pool)):
+            return 0
+        batch = _batch(pool)
+        layout = self.lay_out(batch, pool)
+        self._stops = {seat.name: layout.stops[seat.name] for seat in batch.seats}
+        self._unnamed = [layout.stops[seat.name] for seat in batch.offers[: layout.new]]
+        self._planned_for = len(pool.backlog)
+        pool.is_stale = True
+        return layout.new
+
+    def pick(self, vm: VM, pool: Pool) -> Task | None:
+        """What `vm`, which has room, is to run next: the longest task that ends before its stop."""
+        if vm.name not in self._stops:
+            self._stops[vm.name] = self._unnamed.pop(0) if self._unnamed else math.inf
+        begin = pool.fleet.now if vm.free().cpus > 0 else pool.fleet.idle_at(vm)
+        room = self._stops[vm.name] - begin
+        return pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
+
+    def _is_outdated(self, pool: Pool) -> bool:
+        return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // 10)
+
+
+class Cheapest(Pooled):
+    """Least cost among the plans that are not slower than afap: those that end with the paid unit in
+    which all the VMs the cap allows, working together, would be done."""
+
+    name: ClassVar[str] = "cheapest"
+
+    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
+        soonest = batch.bound()
+        begun = min((seat.asked for seat in batch.seats), default=batch.now)
+        quantum = batch.billing.quantum(batch.boot_time)
+        margin = batch.billing.margin if batch.has_long_units else 0.0
+        quanta = math.ceil((soonest - begun + margin) / quantum)
+        for more in range(3):
+            layout = batch.cheapest(begun + (quanta + more) * quantum - margin)
+            if layout.fits:
+                return layout
+        return batch.fastest()
+
+
+class Fastest(Pooled):
+    """Least makespan, then least cost."""
+
+    name: ClassVar[str] = "fastest"
+
+    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
+        fastest = batch.fastest()
+        layout = batch.cheapest(fastest.finish)
+        return layout if layout.fits else fastest
+
+
+_BUILT_IN: tuple[type[Strategy], ...] = (
+    *(OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit),
+    *(Cheapest, Fastest),
+)
+_STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
+
+
+def _batch(pool: Pool) -> Batch:
+    """The pool's backlog and VMs, and as many further VMs as the cap leaves."""
+    fleet = pool.fleet
+    seats = [
+        Seat(vm.name, fleet.idle_at(vm), vm.requested if vm.meter is None else vm.meter)
+        for vm in fleet
+    ]
+    wanted = min(pool.room, len(pool.backlog))
+    offers = [
+        Seat(f"new {number}", fleet.now + pool.boot_time(number), fleet.now, True)
+        for number in range(wanted)
+    ]
+    lengths = pool.backlog.shares(pool.kind.cpus)
+    return Batch(fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time)
 
 
 def known() -> list[str]:

@@ -11,6 +11,8 @@ bytes, management time) is contained in the real walltime and not used.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -37,6 +39,12 @@ class RecordedTask:
     predicted: float
     real: float
     after: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def rule(self) -> str:
+        """What makes tasks alike: the last word of the name, without numbers."""
+        words = re.findall("[A-Za-z]+", self.name)
+        return words[-1] if words else "task"
 
 
 @dataclass(frozen=True)

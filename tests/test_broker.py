@@ -12,11 +12,11 @@ from rig import SMALL, Rig
 
 from snakemake_executor_plugin_schlouder import strategies
 from snakemake_executor_plugin_schlouder.broker import MAX_LOSSES
+from snakemake_executor_plugin_schlouder.fleet import Fleet
 from snakemake_executor_plugin_schlouder.journal import Journal
 from snakemake_executor_plugin_schlouder.model import (
     VM,
     Billing,
-    Fleet,
     Need,
     Task,
     TaskState,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as values
 
 from snakemake_executor_plugin_schlouder import strategies
+from snakemake_executor_plugin_schlouder.fleet import Fleet
 from snakemake_executor_plugin_schlouder.model import (
     VM,
     Billing,
-    Fleet,
     InstanceType,
     Need,
     SchlouderError,
@@ -27,8 +27,22 @@ def task(planned: float | None = None, cpus: int = 1) -> Task:
     return Task("k", "n", "r", "1", "s", Need(cpus, 100), "true", planned=planned)
 
 
-def vm(requested: float = 0.0, state: VMState = VMState.READY) -> VM:
-    return VM(f"vm{requested:.0f}", "s", TYPE, "t", requested, state=state)
+def vm(requested: float = 0.0, state: VMState = VMState.READY, boot_planned: float = 60.0) -> VM:
+    name = f"vm{requested:.0f}"
+    return VM(name, "s", TYPE, "t", requested, state=state, boot_planned=boot_planned)
+
+
+def plan(machine: VM, *tasks: Task, now: float = 1000.0) -> None:
+    for each in tasks:
+        machine.plan(each, now)
+
+
+def fleet(*vms: VM, now: float = 1000.0) -> Fleet:
+    found = Fleet()
+    for machine in vms:
+        found.add(machine)
+    found.look(now, boot_time=60.0, may_grow=True)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -128,22 +142,22 @@ def test_room_on_a_vm_counts_cpus_and_memory() -> None:
 
 def test_idle_date_spreads_the_work_over_the_cpus() -> None:
     machine = vm()
-    machine.queue = [task(100), task(60), task(40, cpus=2)]
+    plan(machine, task(100), task(60), task(40, cpus=2))
     assert machine.idle_at(now=1000) == 1000 + (100 + 60 + 80) / 2
 
 
 def test_idle_date_of_a_booting_vm_starts_when_it_is_up() -> None:
-    machine = vm(requested=1000, state=VMState.BOOTING)
-    machine.boot_planned = 30.0
-    machine.queue = [task(100)]
+    machine = vm(requested=1000, state=VMState.BOOTING, boot_planned=30.0)
+    plan(machine, task(100))
     assert machine.idle_at(now=1010) == 1030 + 50
 
 
 def test_idle_date_counts_only_what_is_left_of_a_running_task() -> None:
     machine = vm()
     running = task(100)
-    running.started = 950.0
     machine.active = {"a": running}
+    running.started = 950.0
+    machine.recount(1000)
     assert machine.idle_at(now=1000) == 1000 + 25
     assert machine.idle_at(now=2000) == 2000
 
@@ -151,19 +165,19 @@ def test_idle_date_counts_only_what_is_left_of_a_running_task() -> None:
 def test_one_vm_for_all_starts_one_and_then_stays_with_it() -> None:
     strategy = strategies.make("one-vm-for-all")
     first, second = vm(1), vm(2)
-    assert strategy.choose(task(), Fleet([], 0, 60)) is None
-    assert strategy.choose(task(), Fleet([first, second], 0, 60)) is first
+    assert strategy.choose(task(), fleet()) is None
+    assert strategy.choose(task(), fleet(first, second)) is first
 
 
 def test_one_vm_per_job_always_asks_for_a_new_one() -> None:
-    assert strategies.make("one-vm-per-job").choose(task(), Fleet([vm()], 0, 60)) is None
+    assert strategies.make("one-vm-per-job").choose(task(), fleet(vm())) is None
 
 
 def test_the_vm_idle_first_has_least_left_to_do() -> None:
     busy, free = vm(1), vm(2)
-    busy.queue = [task(100)]
-    assert Fleet([busy, free], 1000, 60).idle_first() is free
-    assert Fleet([], 1000, 60).idle_first() is None
+    plan(busy, task(100))
+    assert fleet(busy, free).idle_first() is free
+    assert fleet().idle_first() is None
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:

@@ -86,10 +86,13 @@ class NodeStatus:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """One reading of the controller: this run's submissions by key, the partition's nodes by name."""
+    """One reading of the controller: this run's submissions by key, the partition's nodes by name.
+    One that is not complete holds what has changed since the last one; only a complete one can show
+    that something is missing."""
 
     jobs: Mapping[str, JobStatus] = field(default_factory=dict)
     nodes: Mapping[str, NodeStatus] = field(default_factory=dict)
+    is_complete: bool = True
 
 
 class Cluster(Protocol):

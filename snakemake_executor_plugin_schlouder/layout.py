@@ -1,0 +1,207 @@
+"""Layouts: how many VMs, until when each is to be given work, what that costs and when it ends.
+
+A layout is found by playing the rest of a batch on VMs that stop at given dates: the VM that is free
+first takes the longest task that still ends before its stop (longest processing time first, Graham
+1969, on bins that close). Dates are seconds since the epoch, lengths the seconds a task adds to a VM.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .model import Billing
+
+_EDGE = 1e-6
+_REFITS = 8
+_TRIALS = 6
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A place where tasks can run: a VM that there is, or one that would be `new`. `free` is when it
+    could begin the next task, `asked` when its meter started, or would start."""
+
+    name: str
+    free: float
+    asked: float
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`stops`: until when each seat is to be given work. `cost` in billed seconds, `finish` the date at
+    which everything ends; `left` seconds of work that found no place."""
+
+    stops: dict[str, float] = field(default_factory=dict)
+    new: int = 0
+    cost: float = math.inf
+    finish: float = math.inf
+    left: float = math.inf
+
+    @property
+    def fits(self) -> bool:
+        return self.left <= _EDGE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be laid out. `lengths`: longest first; `seats`: the VMs there are; `offers`: those that
+    could be started, in order."""
+
+    now: float
+    lengths: Sequence[float]
+    seats: Sequence[Seat]
+    offers: Sequence[Seat]
+    billing: Billing
+    boot_time: float
+
+    @functools.cached_property
+    def work(self) -> float:
+        return sum(self.lengths)
+
+    @property
+    def has_long_units(self) -> bool:
+        return self.billing.unit > self.boot_time
+
+    # -- the two questions
+
+    def fastest(self) -> Layout:
+        """The least finish, on as few VMs as give it."""
+        bounds = sorted((self._finish_bound(new), new) for new in self._choices())
+        best = Layout()
+        for _, new in bounds[:_TRIALS]:
+            seats = self._seats(new)
+            found = self._play(seats, dict.fromkeys((s.name for s in seats), math.inf))
+            if (found.finish, found.new) < (best.finish, best.new) or not best.fits:
+                best = found
+        return best
+
+    def cheapest(self, by: float) -> Layout:
+        """The least cost of all layouts that end `by` a date, and of equal ones the first to finish;
+        where none ends by then, the one that leaves least."""
+        bounds = sorted((self._cost_bound(new, by), -new) for new in self._choices())
+        best = Layout()
+        for tried, (bound, new) in enumerate(bounds):
+            if best.fits and (bound > best.cost + _EDGE or tried >= _TRIALS):
+                break
+            if tried >= 4 * _TRIALS:
+                break
+            found = self._fit(self._seats(-new), by)
+            if (found.left, found.cost, found.finish) < (best.left, best.cost, best.finish):
+                best = found
+        return best
+
+    def bound(self) -> float:
+        """The earliest finish any layout could have if work could be cut anywhere."""
+        return min(self._finish_bound(new) for new in self._choices())
+
+    # -- parts
+
+    def _choices(self) -> Iterable[int]:
+        least = 0 if self.seats else 1
+        return range(least, min(len(self.offers), len(self.lengths)) + 1)
+
+    def _seats(self, new: int) -> list[Seat]:
+        return [*self.seats, *self.offers[:new]]
+
+    def _finish_bound(self, new: int) -> float:
+        """When all seats would end at once if work could be cut anywhere."""
+        total, level = self.work, math.inf
+        for count, free in enumerate(sorted(seat.free for seat in self._seats(new)), 1):
+            if level <= free:
+                break
+            total += free
+            level = total / count
+        return level
+
+    def _cost_bound(self, new: int, by: float) -> float:
+        """Billed seconds if work could be cut anywhere; infinite if it could not end by then."""
+        seats = self._seats(new)
+        if sum(max(0.0, by - seat.free) for seat in seats) < self.work - _EDGE:
+            return math.inf
+        if not self.has_long_units:
+            return self.work + sum(seat.free - seat.asked for seat in seats)
+        stops = {seat.name: self._paid_until(seat, by) for seat in seats}
+        lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
+        extensions = max(0, math.ceil(lacking / self.billing.unit))
+        return self._base() + (new + extensions) * self.billing.unit
+
+    def _base(self) -> float:
+        return sum(self.billing.billed(seat.free - seat.asked) for seat in self.seats)
+
+    def _paid_until(self, seat: Seat, by: float) -> float:
+        """The end of the unit in which `seat` becomes free, less the margin."""
+        unit = self.billing.unit
+        units = max(1, math.ceil((seat.free - seat.asked) / unit))
+        return min(by, seat.asked + units * unit - self.billing.margin)
+
+    def _fit(self, seats: Sequence[Seat], by: float) -> Layout:
+        if not self.has_long_units:
+            return self._play(seats, dict.fromkeys((seat.name for seat in seats), by))
+        stops = {seat.name: self._paid_until(seat, by) for seat in seats}
+        lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
+        found = Layout()
+        for _ in range(_REFITS):
+            could = self._extend(stops, lacking, by)
+            found = self._play(seats, stops)
+            lacking = found.left
+            if found.fits or not could:
+                break
+        return found
+
+    def _extend(self, stops: dict[str, float], lacking: float, by: float) -> bool:
+        """Buys units, one seat after the other, first where the end is nearest; False: none to be had."""
+        heap = [(stop, name) for name, stop in stops.items() if stop < by - _EDGE]
+        heapq.heapify(heap)
+        could = bool(heap)
+        while lacking > 0 and heap:
+            stop, name = heapq.heappop(heap)
+            stops[name] = later = min(by, stop + self.billing.unit)
+            lacking -= later - stop
+            if later < by - _EDGE:
+                heapq.heappush(heap, (later, name))
+        return could
+
+    def _play(self, seats: Sequence[Seat], stops: dict[str, float]) -> Layout:
+        left, ends = play(self.lengths, seats, stops)
+        used = [seat for seat in seats if not seat.new or ends[seat.name] > seat.free]
+        cost = sum(self.billing.billed(ends[seat.name] - seat.asked) for seat in used)
+        new = sum(seat.new for seat in used)
+        return Layout(dict(stops), new, cost, max(ends.values(), default=self.now), left)
+
+
+def play(
+    lengths: Sequence[float], seats: Sequence[Seat], stops: dict[str, float]
+) -> tuple[float, dict[str, float]]:
+    """(work that found no place, last end on each seat). `lengths`: longest first."""
+    rising = lengths[::-1]
+    there = list(range(len(rising) + 1))
+    ends = {seat.name: seat.free for seat in seats}
+    heap = [(seat.free, number, seat.name) for number, seat in enumerate(seats)]
+    heapq.heapify(heap)
+    top, left = len(rising), sum(lengths)
+    while heap and top:
+        date, number, name = heap[0]
+        room = stops[name] - date + _EDGE
+        at = top if rising[top - 1] <= room else _still(there, bisect_right(rising, room, 0, top))
+        if not at:
+            heapq.heappop(heap)
+            continue
+        there[at] = at - 1
+        top = _still(there, top)
+        left -= rising[at - 1]
+        ends[name] = end = date + rising[at - 1]
+        heapq.heapreplace(heap, (end, number, name))
+    return (left if top else 0.0), ends
+
+
+def _still(there: list[int], at: int) -> int:
+    """The longest task up to `at` that is still there (disjoint sets with path halving); 0: none."""
+    while there[at] != at:
+        there[at] = at = there[there[at]]
+    return at
