@@ -28,6 +28,7 @@ from .model import (
     VMState,
 )
 from .planning import Planner
+from .pool import Announcement
 from .prediction import BootPredictor, MeasuredBoots, Walltimes
 from .provision import (
     Cloud,
@@ -162,6 +163,7 @@ class Broker:
         self._boot_failures = 0
         self._refusal = ""
         self._stopping = False
+        self._why_stopping = "the run is being ended"
         self._released = False
         self._vm_count = 0
         self._described = -math.inf
@@ -174,10 +176,9 @@ class Broker:
 
     # -- what the executor calls
 
-    def expect(self, needs: Iterable[tuple[str, Need]]) -> None:
-        """Announces tasks that may come, as (strategy, need), so that a machine can be chosen that
-        fits all of them."""
-        self._planner.expect(needs)
+    def expect(self, tasks: Iterable[Announcement]) -> None:
+        """Announces tasks that may come, so that machines can be chosen and kept with them in view."""
+        self._planner.expect(tasks)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Takes over these tasks. They are in the journal when this returns."""
@@ -629,7 +630,7 @@ class Broker:
             vm.queue.clear()
             self._changed(vm)
         for task in dropped:
-            self._end(task, TaskState.CANCELLED, "not started: the run is being ended")
+            self._end(task, TaskState.CANCELLED, f"not started: {self._why_stopping}")
 
     # -- decide
 
@@ -648,7 +649,7 @@ class Broker:
         for task, reason in plan.failed:
             self._end(task, TaskState.FAILED, reason)
         if plan.broken:
-            self._stopping = True
+            self._stopping, self._why_stopping = True, plan.broken
             self._log.error(f"{plan.broken}. Nothing further is started; what runs goes on.")
 
     def _new_vm(self, strategy: str, kind: InstanceType, boot_time: float) -> VM:

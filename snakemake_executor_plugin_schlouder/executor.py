@@ -30,6 +30,7 @@ from .broker import Broker, BrokerConfig
 from .journal import Journal, RunRecord, journal_path
 from .model import InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
+from .pool import Announcement
 from .provision import Ec2Settings, Join, connect
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm.cli import SlurmCommands
@@ -186,7 +187,7 @@ class Executor(RemoteExecutor):
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
         self._broker = Broker(broker_config, cloud, cluster, self._journal, self.logger)
-        self._broker.expect((settings.strategy, settings.need) for _, settings in rules)
+        self._broker.expect(self._announcements(jobs))
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
@@ -235,6 +236,10 @@ class Executor(RemoteExecutor):
         if problems:
             raise SchlouderError("\n".join(problems))
         return list(found)
+
+    def _announcements(self, jobs: list[Any]) -> list[Announcement]:
+        settings = [(_file_name(job.name), self._settings(job)) for job in jobs]
+        return [Announcement(s.strategy, rule, s.need, s.planned) for rule, s in settings]
 
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())

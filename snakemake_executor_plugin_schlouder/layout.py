@@ -70,15 +70,23 @@ class Batch:
 
     # -- the two questions
 
-    def fastest(self) -> Layout:
-        """The least finish, on as few VMs as give it."""
+    def fastest(self, tolerance: float = 0.0) -> Layout:
+        """The least finish; of the VMs that could be started as few as come within `tolerance` (a share
+        of the time until then) of it."""
         bounds = sorted((self._finish_bound(new), new) for new in self._choices())
-        best = Layout()
-        for _, new in bounds[:_TRIALS]:
-            seats = self._seats(new)
-            found = self._play(seats, dict.fromkeys((s.name for s in seats), math.inf))
-            if (found.finish, found.new) < (best.finish, best.new) or not best.fits:
-                best = found
+        best = min(
+            (self._unlimited(new) for _, new in bounds[:_TRIALS]),
+            key=lambda layout: (layout.finish, layout.new),
+        )
+        limit = best.finish + tolerance * (best.finish - self.now)
+        few, many = min(self._choices()), best.new
+        while few < many:
+            middle = (few + many) // 2
+            layout = self._unlimited(middle)
+            if layout.finish <= limit:
+                best, many = layout, middle
+            else:
+                few = middle + 1
         return best
 
     def cheapest(self, by: float) -> Layout:
@@ -100,6 +108,16 @@ class Batch:
         """The earliest finish any layout could have if work could be cut anywhere."""
         return min(self._finish_bound(new) for new in self._choices())
 
+    def paid_until(self, seat: Seat, layout: Layout) -> float:
+        """How long `seat` may be given work at no further cost, where `layout` is carried out."""
+        if not self.has_long_units:
+            return math.inf
+        unit, margin = self.billing.unit, self.billing.margin
+        if layout.stops[seat.name] == math.inf:
+            return math.inf
+        units = math.ceil((layout.stops[seat.name] - seat.asked + margin - _EDGE) / unit)
+        return seat.asked + units * unit - margin
+
     # -- parts
 
     def _choices(self) -> Iterable[int]:
@@ -108,6 +126,10 @@ class Batch:
 
     def _seats(self, new: int) -> list[Seat]:
         return [*self.seats, *self.offers[:new]]
+
+    def _unlimited(self, new: int) -> Layout:
+        seats = self._seats(new)
+        return self._play(seats, dict.fromkeys((seat.name for seat in seats), math.inf))
 
     def _finish_bound(self, new: int) -> float:
         """When all seats would end at once if work could be cut anywhere."""
@@ -126,7 +148,7 @@ class Batch:
             return math.inf
         if not self.has_long_units:
             return self.work + sum(seat.free - seat.asked for seat in seats)
-        stops = {seat.name: self._paid_until(seat, by) for seat in seats}
+        stops = {seat.name: self._unit_end(seat, by) for seat in seats}
         lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
         extensions = max(0, math.ceil(lacking / self.billing.unit))
         return self._base() + (new + extensions) * self.billing.unit
@@ -134,8 +156,8 @@ class Batch:
     def _base(self) -> float:
         return sum(self.billing.billed(seat.free - seat.asked) for seat in self.seats)
 
-    def _paid_until(self, seat: Seat, by: float) -> float:
-        """The end of the unit in which `seat` becomes free, less the margin."""
+    def _unit_end(self, seat: Seat, by: float) -> float:
+        """`by`, or earlier: the end of the unit in which `seat` becomes free, less the margin."""
         unit = self.billing.unit
         units = max(1, math.ceil((seat.free - seat.asked) / unit))
         return min(by, seat.asked + units * unit - self.billing.margin)
@@ -143,7 +165,7 @@ class Batch:
     def _fit(self, seats: Sequence[Seat], by: float) -> Layout:
         if not self.has_long_units:
             return self._play(seats, dict.fromkeys((seat.name for seat in seats), by))
-        stops = {seat.name: self._paid_until(seat, by) for seat in seats}
+        stops = {seat.name: self._unit_end(seat, by) for seat in seats}
         lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
         found = Layout()
         for _ in range(_REFITS):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from . import strategies
 from .fleet import Fleet
 from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
-from .pool import Backlog, Pool
+from .pool import Announcement, Backlog, Future, Pool
 from .prediction import BootPredictor, Walltimes
 
 
@@ -47,8 +47,8 @@ class Planner:
         self._walltimes = walltimes
         self._new_vm = new_vm
         self._checked: dict[str, strategies.Strategy] = {}
-        self._expected: dict[str, list[Need]] = {}
-        self._to_come = 0
+        self._expected: dict[str, set[Need]] = {}
+        self._futures: dict[str, Future] = {}
         self._pools: dict[tuple[str, str], Pool] = {}
         self._pool_of: dict[str, Pool] = {}
         self._booting: set[str] = set()
@@ -56,11 +56,14 @@ class Planner:
 
     # -- what the broker tells
 
-    def expect(self, needs: Iterable[tuple[str, Need]]) -> None:
-        """Announces tasks that may come, as (strategy, need)."""
-        for strategy, need in needs:
-            self._expected.setdefault(strategy, []).append(need)
-            self._to_come += 1
+    def expect(self, tasks: Iterable[Announcement]) -> None:
+        """Announces tasks that may come."""
+        for task in tasks:
+            self._expected.setdefault(task.strategy, set()).add(task.need)
+            self._future_of(task.strategy).announce(task)
+
+    def _future_of(self, strategy: str) -> Future:
+        return self._futures.setdefault(strategy, Future(self._walltimes))
 
     def changed(self, vm: VM) -> None:
         """What `vm` does, or is to do, has changed."""
@@ -100,7 +103,7 @@ class Planner:
     @property
     def nothing_to_come(self) -> bool:
         """Whether every task that was announced is here; True if none was."""
-        return self._to_come <= 0
+        return not any(self._futures.values())
 
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
@@ -130,7 +133,7 @@ class Planner:
         `refusal`: why none can be, if that is for good."""
         round_ = _Round(now, room, refusal)
         for task in waiting:
-            self._to_come -= task.attempt == 0 and task.losses == 0
+            self._future_of(task.strategy).has_come(task)
             pool = self._pool_for(task)
             if pool is None:
                 reason = too_big(f"rule {task.rule}", task.need, self._types)
@@ -166,7 +169,6 @@ class Planner:
         elif round_.refusal:
             plan.failed.append((task, f"no VM can be started: {round_.refusal}"))
         else:
-            self._to_come += task.attempt == 0 and task.losses == 0
             plan.left.append(task)
 
     def _ask(self, task: Task, pool: Pool) -> VM | None:
@@ -195,6 +197,9 @@ class Planner:
             return
         if not (pool.is_stale or pool.touched):
             return
+        if not len(pool.fleet) and round_.room <= 0:
+            self._give_up(pool, round_)
+            return
         self._look(pool, round_)
         missing = _pooled(pool).missing(pool)
         if missing == 0 and not len(pool.fleet):
@@ -203,10 +208,14 @@ class Planner:
             self._start(pool, round_)
             missing -= 1
         pool.is_starved = missing > 0
-        if not len(pool.fleet) and round_.refusal:
+        self._feed(pool, round_)
+
+    def _give_up(self, pool: Pool, round_: _Round) -> None:
+        """There is no VM and none can be started: for good, or for now."""
+        pool.is_starved = True
+        if round_.refusal:
             reason = f"no VM can be started: {round_.refusal}"
             round_.plan.failed += [(task, reason) for task in pool.backlog.clear()]
-        self._feed(pool, round_)
 
     def _feed(self, pool: Pool, round_: _Round) -> None:
         """Every VM with room is asked for; one that got nothing is asked for again when the plan or
@@ -264,14 +273,15 @@ class Planner:
             fleet = Fleet(self._billing)
             backlog = Backlog(self._walltimes)
             strategy = strategies.make(task.strategy)
-            self._pools[key] = Pool(strategy, kind, fleet, backlog, self._boot_time)
+            future = self._future_of(task.strategy)
+            self._pools[key] = Pool(strategy, kind, fleet, backlog, future, self._boot_time)
         return self._pools[key]
 
     def _type_for(self, task: Task) -> InstanceType | None:
         """The first allowed type that fits the task; for a one-type strategy, the first that fits
         everything known to use it, else as if there were only this task."""
         if self.strategy(task.strategy).one_type:
-            needs = [task.need, *self._expected.get(task.strategy, [])]
+            needs = [task.need, *self._expected.get(task.strategy, set())]
             for kind in self._types:
                 if all(kind.fits(need) for need in needs):
                     return kind

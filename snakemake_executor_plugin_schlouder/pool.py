@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .fleet import Fleet
 from .model import DEFAULT_WALLTIME, VM, InstanceType, Need, Task, VMState
-from .prediction import Walltimes
+from .prediction import PRIOR_SPREAD, Line, Walltimes
 
 if TYPE_CHECKING:
     from .strategies import Strategy
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 SHORT = 60.0
 """Seconds up to which a running task counts as short: the next one is handed over while it runs, for
 the broker's round would be felt between them."""
+
+SURELY = 1.5
+"""Standard deviations added to what a task is expected to take where its lateness would cost a unit."""
+
+FORESEEN = 0.5
+"""Share of the announced work that plans count on. Too few VMs only cost time, and can still be added;
+too many cost money."""
 
 
 class Backlog:
@@ -29,20 +38,22 @@ class Backlog:
     def __init__(self, walltimes: Walltimes) -> None:
         self._walltimes = walltimes
         self._rules: dict[str, list[tuple[float, int, Task]]] = {}
-        self._cpu_seconds: dict[str, float] = {}
         self._count = 0
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def arrived(self) -> int:
+        """How many tasks ever came."""
+        return self._count
+
     def add(self, task: Task) -> None:
         self._count += 1
         self._size += 1
         estimate = _estimate(task)
         insort(self._rules.setdefault(task.rule, []), (estimate, -self._count, task))
-        known = self._cpu_seconds.get(task.rule, 0.0)
-        self._cpu_seconds[task.rule] = known + estimate * task.need.cpus
 
     def take(self, task: Task) -> Task:
         """Removes `task`, and notes what it is expected to take."""
@@ -53,48 +64,83 @@ class Backlog:
             at -= 1
         del tasks[at]
         self._size -= 1
-        self._cpu_seconds[task.rule] -= estimate * task.need.cpus
         if not tasks:
-            del self._rules[task.rule], self._cpu_seconds[task.rule]
+            del self._rules[task.rule]
         task.expected = self._walltimes.expected(task.rule, task.planned)
         return task
 
     def clear(self) -> list[Task]:
         tasks = [entry[2] for entries in self._rules.values() for entry in entries]
         self._rules.clear()
-        self._cpu_seconds.clear()
         self._size = 0
         return tasks
-
-    def cpu_seconds(self) -> float:
-        """Expected in total."""
-        return sum(work * self._walltimes.bias(rule) for rule, work in self._cpu_seconds.items())
-
-    def spread(self) -> float:
-        """Of the rule whose walltimes spread most (see `Walltimes.spread`)."""
-        return max((self._walltimes.spread(rule) for rule in self._rules), default=0.0)
 
     def shares(self, cpus: int) -> list[float]:
         """Seconds each task adds to a VM with so many CPUs, the largest first."""
         found: list[float] = []
         for rule, tasks in self._rules.items():
-            factor = self._walltimes.bias(rule) / cpus
-            found += [length * factor * task.need.cpus for length, _, task in tasks]
+            line = self._line(rule)
+            found += [line(estimate) * task.need.cpus / cpus for estimate, _, task in tasks]
         return sorted(found, reverse=True)
 
-    def longest(
-        self, vm: VM, seconds: float = float("inf"), over: float = float("inf")
-    ) -> Task | None:
-        """The longest task that has room on `vm` and is expected to end within `seconds`, and within
-        `over` with all the spread of its rule added; of equal ones the first that came."""
+    def longest(self, vm: VM, seconds: float = math.inf, surely: float = math.inf) -> Task | None:
+        """The longest task that has room on `vm`, is expected to end within `seconds`, and all but
+        surely within `surely`; of equal ones the first that came."""
         best, best_length, free = None, -1.0, vm.free()
         for rule, tasks in self._rules.items():
-            bias = self._walltimes.bias(rule)
-            limit = min(seconds, over / (1 + self._walltimes.spread(rule))) / bias
-            task = _last_with_room(tasks, limit, free)
-            if task is not None and _estimate(task) * bias > best_length:
-                best, best_length = task, _estimate(task) * bias
+            line = self._line(rule)
+            task = _last_with_room(tasks, _within(tasks, line, seconds, surely), free)
+            if task is not None and line(_estimate(task)) > best_length:
+                best, best_length = task, line(_estimate(task))
         return best
+
+    def _line(self, rule: str) -> Line:
+        """Before anything is known of a rule its longest estimate tells how far they may be off."""
+        known = self._walltimes.line(rule)
+        return known or Line(noise=PRIOR_SPREAD * self._rules[rule][-1][0])
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A task that may come; `planned` as in Task."""
+
+    strategy: str
+    rule: str
+    need: Need
+    planned: float | None
+
+
+class Future:
+    """Tasks that were announced and have not come. A hint: checkpoints add to it, failures take from it."""
+
+    def __init__(self, walltimes: Walltimes) -> None:
+        self._walltimes = walltimes
+        self._tasks: Counter[tuple[str, float | None, int]] = Counter()
+
+    def __len__(self) -> int:
+        return self._tasks.total()
+
+    def announce(self, task: Announcement) -> None:
+        self._tasks[task.rule, task.planned, task.need.cpus] += 1
+
+    def has_come(self, task: Task) -> None:
+        key = (task.rule, task.planned, task.need.cpus)
+        if self._tasks[key] > 1:
+            self._tasks[key] -= 1
+        else:
+            del self._tasks[key]
+
+    def shares(self, cpus: int) -> list[float]:
+        """Seconds each task will add to a VM with so many CPUs; nothing is said before any estimate has
+        been seen to hold."""
+        if not self._walltimes.trust:
+            return []
+        found: list[float] = []
+        for (rule, planned, width), count in self._tasks.items():
+            found += [self._walltimes.foreseen(rule, planned) * width / cpus] * round(
+                count * FORESEEN
+            )
+        return found
 
 
 @dataclass
@@ -108,6 +154,7 @@ class Pool:
     kind: InstanceType
     fleet: Fleet
     backlog: Backlog
+    future: Future
     boot_time: Callable[[int], float]
     touched: dict[str, VM] = field(default_factory=dict)
     is_stale: bool = False
@@ -142,9 +189,21 @@ def _length(entry: tuple[float, int, Task]) -> float:
     return entry[0]
 
 
-def _last_with_room(tasks: list[tuple[float, int, Task]], limit: float, free: Need) -> Task | None:
-    """The longest up to `limit` that fits into `free`; behind a running task any will, later."""
-    for at in range(bisect_right(tasks, limit, key=_length) - 1, -1, -1):
+def _within(tasks: list[tuple[float, int, Task]], line: Line, seconds: float, surely: float) -> int:
+    """How many of the shortest tasks end in time."""
+    if seconds == math.inf:
+        return len(tasks)
+
+    def lateness(entry: tuple[float, int, Task]) -> float:
+        length = line(entry[0])
+        return max(length - seconds, length + SURELY * line.spread(entry[0]) - surely)
+
+    return bisect_right(tasks, 0.0, key=lateness)
+
+
+def _last_with_room(tasks: list[tuple[float, int, Task]], count: int, free: Need) -> Task | None:
+    """The longest of the first `count` that fits into `free`; behind a running task any will, later."""
+    for at in range(count - 1, -1, -1):
         need = tasks[at][2].need
         if free.cpus <= 0 or (need.cpus <= free.cpus and need.memory <= free.memory):
             return tasks[at][2]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .broker import Broker, BrokerConfig
 from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
+from .pool import Announcement
 from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
 from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus
@@ -252,7 +253,10 @@ class Simulation:
             witness=lambda path: None,
             revoke=lambda path: False,
         )
-        self.broker.expect((scenario.strategy, _NEED) for _ in tasks.tasks)
+        self.broker.expect(
+            Announcement(scenario.strategy, task.rule, _NEED, task.predicted)
+            for task in tasks.tasks
+        )
 
     def run(self) -> Outcome:
         for task in self._tasks.values():

@@ -17,6 +17,9 @@ from .layout import Batch, Layout, Seat
 from .model import VM, SchlouderError, Task
 from .pool import Pool
 
+_NOTICEABLE = 0.04
+"""Share of the remaining time that is worth another VM to `fastest`."""
+
 ENTRY_POINTS = "schlouder.strategies"
 """The group under which packages offer strategies of their own."""
 
@@ -121,6 +124,7 @@ class Pooled:
     name: ClassVar[str] = ""
     reuses_vms: ClassVar[bool] = True
     one_type: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._stops: dict[str, float] = {}
@@ -138,10 +142,10 @@ class Pooled:
         """How many VMs are to be started now."""
         if not (pool.is_stale or self._is_outdated(pool)):
             return 0
-        batch = _batch(pool)
+        batch = _batch(pool, self.looks_ahead)
         layout = self.lay_out(batch, pool)
-        self._stops = {seat.name: layout.stops[seat.name] for seat in batch.seats}
-        self._unnamed = [layout.stops[seat.name] for seat in batch.offers[: layout.new]]
+        self._stops = {seat.name: batch.paid_until(seat, layout) for seat in batch.seats}
+        self._unnamed = [batch.paid_until(seat, layout) for seat in batch.offers[: layout.new]]
         self._planned_for = len(pool.backlog)
         pool.is_stale = True
         return layout.new
@@ -160,30 +164,38 @@ class Pooled:
 
 class Cheapest(Pooled):
     """Least cost among the plans that are not slower than afap: those that end with the paid unit in
-    which all the VMs the cap allows, working together, would be done."""
+    which all the VMs the cap allows, working together from now on, would be done."""
 
     name: ClassVar[str] = "cheapest"
+    looks_ahead: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by = 0.0
+        self._known = 0
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        soonest = batch.bound()
-        begun = min((seat.asked for seat in batch.seats), default=batch.now)
-        quantum = batch.billing.quantum(batch.boot_time)
         margin = batch.billing.margin if batch.has_long_units else 0.0
-        quanta = math.ceil((soonest - begun + margin) / quantum)
+        quantum = batch.billing.quantum(batch.boot_time)
+        if pool.backlog.arrived > self._known:
+            self._known = pool.backlog.arrived
+            quanta = math.ceil((batch.bound() - batch.now + margin) / quantum)
+            self._by = max(self._by, batch.now + quanta * quantum - margin)
         for more in range(3):
-            layout = batch.cheapest(begun + (quanta + more) * quantum - margin)
+            layout = batch.cheapest(self._by + more * quantum)
             if layout.fits:
                 return layout
         return batch.fastest()
 
 
 class Fastest(Pooled):
-    """Least makespan, then least cost."""
+    """Least makespan, then least cost: a VM that would not end the batch noticeably earlier is not
+    started."""
 
     name: ClassVar[str] = "fastest"
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        fastest = batch.fastest()
+        fastest = batch.fastest(_NOTICEABLE)
         layout = batch.cheapest(fastest.finish)
         return layout if layout.fits else fastest
 
@@ -195,8 +207,8 @@ _BUILT_IN: tuple[type[Strategy], ...] = (
 _STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
 
 
-def _batch(pool: Pool) -> Batch:
-    """The pool's backlog and VMs, and as many further VMs as the cap leaves."""
+def _batch(pool: Pool, with_future: bool = False) -> Batch:
+    """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
     fleet = pool.fleet
     seats = [
         Seat(vm.name, fleet.idle_at(vm), vm.requested if vm.meter is None else vm.meter)
@@ -208,6 +220,8 @@ def _batch(pool: Pool) -> Batch:
         for number in range(wanted)
     ]
     lengths = pool.backlog.shares(pool.kind.cpus)
+    if with_future:
+        lengths = sorted([*lengths, *pool.future.shares(pool.kind.cpus)], reverse=True)
     return Batch(fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time)
 
 
