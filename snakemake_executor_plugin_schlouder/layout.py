@@ -104,6 +104,16 @@ class Batch:
                 best = found
         return best
 
+    def quantum(self) -> float:
+        """Q for this batch: that of the VM started last, of as many as find work for a quantum."""
+        found = self.billing.quantum(self.boot_time)
+        for new, seat in enumerate(self.offers, 1):
+            quantum = self.billing.quantum(seat.free - self.now)
+            if self._finish_bound(new) - self.now < quantum:
+                break
+            found = quantum
+        return found
+
     def bound(self) -> float:
         """The earliest finish any layout could have if work could be cut anywhere."""
         return min(self._finish_bound(new) for new in self._choices())

@@ -10,6 +10,7 @@ import functools
 import importlib
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar, Protocol
 
 from .fleet import Fleet
@@ -176,12 +177,14 @@ class Cheapest(Pooled):
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
         margin = batch.billing.margin if batch.has_long_units else 0.0
-        quantum = batch.billing.quantum(batch.boot_time)
+        quantum = batch.quantum()
         if pool.backlog.arrived > self._known:
             self._known = pool.backlog.arrived
             quanta = math.ceil((batch.bound() - batch.now + margin) / quantum)
             self._by = max(self._by, batch.now + quanta * quantum - margin)
-        for more in range(3):
+        elif batch.seats:
+            batch = replace(batch, offers=())
+        for more in range(20):
             layout = batch.cheapest(self._by + more * quantum)
             if layout.fits:
                 return layout
