@@ -51,7 +51,7 @@ class Layout:
 @dataclass(frozen=True)
 class Batch:
     """What is to be laid out. `lengths`: longest first; `seats`: the VMs there are; `offers`: those that
-    could be started, in order."""
+    could be started, in order, of which the tasks that are ready can use `width`."""
 
     now: float
     lengths: Sequence[float]
@@ -59,6 +59,7 @@ class Batch:
     offers: Sequence[Seat]
     billing: Billing
     boot_time: float
+    width: int
 
     @functools.cached_property
     def work(self) -> float:
@@ -66,7 +67,8 @@ class Batch:
 
     @property
     def has_long_units(self) -> bool:
-        return self.billing.unit > self.boot_time
+        """Whether a unit is what VMs are filled up to, so that its end is what counts."""
+        return self.billing.unit >= self.billing.quantum(self.boot_time)
 
     # -- the two questions
 
@@ -104,19 +106,23 @@ class Batch:
                 best = found
         return best
 
-    def quantum(self) -> float:
-        """Q for this batch: that of the VM started last, of as many as find work for a quantum."""
-        found = self.billing.quantum(self.boot_time)
-        for new, seat in enumerate(self.offers, 1):
-            quantum = self.billing.quantum(seat.free - self.now)
-            if self._finish_bound(new) - self.now < quantum:
-                break
-            found = quantum
-        return found
+    def filled(self) -> float:
+        """The date by which VMs that are worth their boot would be done with it.
 
-    def bound(self) -> float:
-        """The earliest finish any layout could have if work could be cut anywhere."""
-        return min(self._finish_bound(new) for new in self._choices())
+        Long units: the end of the unit in which all VMs the cap allows would be. Short units: when as
+        many would be as each find work for their planning quantum.
+        """
+        if self.has_long_units:
+            unit, margin = self.billing.unit, self.billing.margin
+            soonest = min(self._finish_bound(new) for new in self._choices())
+            return self.now + math.ceil((soonest - self.now + margin) / unit) * unit - margin
+        filled = self.now + self.billing.quantum(self.boot_time)
+        for new, offer in enumerate(self.offers, 1):
+            done = self._finish_bound(new)
+            if done - self.now < self.billing.quantum(offer.free - self.now):
+                break
+            filled = done
+        return filled
 
     def paid_until(self, seat: Seat, layout: Layout) -> float:
         """How long `seat` may be given work at no further cost, where `layout` is carried out."""
@@ -132,7 +138,7 @@ class Batch:
 
     def _choices(self) -> Iterable[int]:
         least = 0 if self.seats else 1
-        return range(least, min(len(self.offers), len(self.lengths)) + 1)
+        return range(least, min(len(self.offers), max(least, self.width)) + 1)
 
     def _seats(self, new: int) -> list[Seat]:
         return [*self.seats, *self.offers[:new]]

@@ -24,8 +24,7 @@ SURELY = 1.5
 """Standard deviations added to what a task is expected to take where its lateness would cost a unit."""
 
 FORESEEN = 0.5
-"""Share of the announced work that plans count on. Too few VMs only cost time, and can still be added;
-too many cost money."""
+"""Share of the announced tasks that plans count on."""
 
 
 class Backlog:
@@ -130,17 +129,20 @@ class Future:
         else:
             del self._tasks[key]
 
-    def shares(self, cpus: int) -> list[float]:
-        """Seconds each task will add to a VM with so many CPUs; nothing is said before any estimate has
-        been seen to hold."""
-        if not self._walltimes.trust:
-            return []
+    def all_shares(self, cpus: int) -> list[float]:
+        """Seconds each task will add to a VM with so many CPUs."""
         found: list[float] = []
         for (rule, planned, width), count in self._tasks.items():
-            found += [self._walltimes.foreseen(rule, planned) * width / cpus] * round(
-                count * FORESEEN
-            )
+            found += [self._walltimes.foreseen(rule, planned) * width / cpus] * count
         return found
+
+    def shares(self, cpus: int) -> list[float]:
+        """The part of them that plans count on: none before any estimate has been seen to hold, then a
+        share. Too few VMs only cost time, and can still be added; too many cost money."""
+        if not self._walltimes.trust:
+            return []
+        shares = sorted(self.all_shares(cpus))
+        return shares[:: round(1 / FORESEEN)]
 
 
 @dataclass

@@ -21,6 +21,9 @@ from .pool import Pool
 _NOTICEABLE = 0.04
 """Share of the remaining time that is worth another VM to `fastest`."""
 
+_EXTENSIONS = 20
+"""Quanta by which a plan of `cheapest` may be prolonged before it takes whatever VMs it can get."""
+
 ENTRY_POINTS = "schlouder.strategies"
 """The group under which packages offer strategies of their own."""
 
@@ -164,8 +167,9 @@ class Pooled:
 
 
 class Cheapest(Pooled):
-    """Least cost among the plans that are not slower than afap: those that end with the paid unit in
-    which all the VMs the cap allows, working together from now on, would be done."""
+    """Least cost among the plans that are not slower than afap, which end when VMs filled up to their
+    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come; where
+    tasks take longer than they should, the VMs there are go on."""
 
     name: ClassVar[str] = "cheapest"
     looks_ahead: ClassVar[bool] = True
@@ -176,15 +180,13 @@ class Cheapest(Pooled):
         self._known = 0
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        margin = batch.billing.margin if batch.has_long_units else 0.0
-        quantum = batch.quantum()
         if pool.backlog.arrived > self._known:
             self._known = pool.backlog.arrived
-            quanta = math.ceil((batch.bound() - batch.now + margin) / quantum)
-            self._by = max(self._by, batch.now + quanta * quantum - margin)
+            self._by = max(self._by, _with_all(batch, pool).filled())
         elif batch.seats:
             batch = replace(batch, offers=())
-        for more in range(20):
+        quantum = batch.billing.quantum(batch.boot_time)
+        for more in range(_EXTENSIONS):
             layout = batch.cheapest(self._by + more * quantum)
             if layout.fits:
                 return layout
@@ -210,6 +212,15 @@ _BUILT_IN: tuple[type[Strategy], ...] = (
 _STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
 
 
+def _with_all(batch: Batch, pool: Pool) -> Batch:
+    """With all that is announced, where VMs are filled up to a planning quantum; long units are bought
+    one by one, when the tasks are there."""
+    if batch.has_long_units:
+        return batch
+    lengths = [*batch.lengths, *pool.future.all_shares(pool.kind.cpus)]
+    return replace(batch, lengths=lengths, width=len(lengths))
+
+
 def _batch(pool: Pool, with_future: bool = False) -> Batch:
     """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
     fleet = pool.fleet
@@ -217,15 +228,17 @@ def _batch(pool: Pool, with_future: bool = False) -> Batch:
         Seat(vm.name, fleet.idle_at(vm), vm.requested if vm.meter is None else vm.meter)
         for vm in fleet
     ]
-    wanted = min(pool.room, len(pool.backlog))
+    announced = len(pool.backlog) + len(pool.future)
     offers = [
         Seat(f"new {number}", fleet.now + pool.boot_time(number), fleet.now, True)
-        for number in range(wanted)
+        for number in range(min(pool.room, announced))
     ]
     lengths = pool.backlog.shares(pool.kind.cpus)
     if with_future:
         lengths = sorted([*lengths, *pool.future.shares(pool.kind.cpus)], reverse=True)
-    return Batch(fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time)
+    return Batch(
+        fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time, len(pool.backlog)
+    )
 
 
 def known() -> list[str]:

@@ -21,6 +21,7 @@ from snakemake_executor_plugin_schlouder.model import (
     Task,
     TaskState,
 )
+from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     LaunchRefused,
@@ -144,7 +145,9 @@ def test_a_task_too_big_for_every_type_fails_with_the_offers(rig: Rig) -> None:
 
 
 def test_the_one_vm_fits_every_rule_known_to_use_it(rig: Rig) -> None:
-    rig.broker.expect([("one-vm-for-all", Need(1, 100)), ("one-vm-for-all", Need(8, 100))])
+    rig.broker.expect(
+        Announcement("one-vm-for-all", "rule", Need(cpus, 100), None) for cpus in (1, 8)
+    )
     rig.give(1, strategy="one-vm-for-all")
     rig.run(5)
     assert [request.type.name for request in rig.cloud.launched] == ["m5.4xlarge"]
