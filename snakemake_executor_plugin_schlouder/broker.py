@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from .model import (
     VMState,
 )
 from .planning import Planner
-from .pool import Announcement
+from .pool import Announcement, Goal
 from .prediction import BootPredictor, MeasuredBoots, Walltimes
 from .provision import (
     Cloud,
@@ -89,6 +89,7 @@ class BrokerConfig:
     billing: Billing
     boot_timeout: float
     describe_every: float = 3.0
+    goal: Goal = field(default_factory=Goal)
 
     @property
     def job_name(self) -> str:
@@ -153,7 +154,12 @@ class Broker:
         self._now = clock()
         self._inbox: list[Task] = []
         self._planner = Planner(
-            config.types, config.billing, self._boots, self._walltimes, self._new_vm
+            config.types,
+            config.billing,
+            self._boots,
+            self._walltimes,
+            self._new_vm,
+            config.goal,
         )
         self._waiting: list[Task] = []
         self._machines = Machines()
@@ -911,7 +917,7 @@ class Broker:
         if vm.is_open:
             self._changed(vm)
         else:
-            self._planner.closed(vm)
+            self._planner.closed(vm, self._now)
 
     def _changed(self, vm: VM) -> None:
         """What `vm` does, or is to do, has changed."""

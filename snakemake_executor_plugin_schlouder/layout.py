@@ -12,7 +12,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .model import Billing
 
@@ -66,9 +66,18 @@ class Batch:
         return sum(self.lengths)
 
     @property
+    def alone(self) -> float:
+        """Seconds one new VM would take for it."""
+        return self.boot_time + self.work
+
+    @property
     def has_long_units(self) -> bool:
         """Whether a unit is what VMs are filled up to, so that its end is what counts."""
         return self.billing.unit >= self.billing.quantum(self.boot_time)
+
+    def stretched(self, factor: float) -> Batch:
+        """The same with every task so many times as long."""
+        return replace(self, lengths=[length * factor for length in self.lengths])
 
     # -- the two questions
 

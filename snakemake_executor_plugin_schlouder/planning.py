@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from . import strategies
 from .fleet import Fleet
 from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
-from .pool import Announcement, Backlog, Future, Pool
+from .pool import Announcement, Backlog, Future, Goal, Pool
 from .prediction import BootPredictor, Walltimes
 
 
@@ -40,12 +40,14 @@ class Planner:
         boots: BootPredictor,
         walltimes: Walltimes,
         new_vm: Callable[[str, InstanceType, float], VM],
+        goal: Goal,
     ) -> None:
         self._types = types
         self._billing = billing
         self._boots = boots
         self._walltimes = walltimes
         self._new_vm = new_vm
+        self._goal = goal
         self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, set[Need]] = {}
         self._futures: dict[str, Future] = {}
@@ -74,11 +76,12 @@ class Planner:
         if not vm.is_booting:
             self._booting.discard(vm.name)
 
-    def closed(self, vm: VM) -> None:
+    def closed(self, vm: VM, now: float) -> None:
         """`vm` takes no more tasks."""
         pool = self._pool_of.pop(vm.name, None)
         if pool is not None:
             pool.fleet.remove(vm)
+            pool.spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
             pool.touched.pop(vm.name, None)
             pool.is_stale = True
         self._booting.discard(vm.name)
@@ -274,7 +277,9 @@ class Planner:
             backlog = Backlog(self._walltimes)
             strategy = strategies.make(task.strategy)
             future = self._future_of(task.strategy)
-            self._pools[key] = Pool(strategy, kind, fleet, backlog, future, self._boot_time)
+            self._pools[key] = Pool(
+                strategy, kind, fleet, backlog, future, self._boot_time, self._goal
+            )
         return self._pools[key]
 
     def _type_for(self, task: Task) -> InstanceType | None:

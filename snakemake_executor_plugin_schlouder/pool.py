@@ -23,8 +23,8 @@ the broker's round would be felt between them."""
 SURELY = 1.5
 """Standard deviations added to what a task is expected to take where its lateness would cost a unit."""
 
-FORESEEN = 0.5
-"""Share of the announced tasks that plans count on."""
+DOUBT = 0.3
+"""How far all estimates of a batch together may be off before anything was learned, as a share."""
 
 
 class Backlog:
@@ -82,6 +82,16 @@ class Backlog:
             found += [line(estimate) * task.need.cpus / cpus for estimate, _, task in tasks]
         return sorted(found, reverse=True)
 
+    @property
+    def doubt(self) -> float:
+        """How much longer all of it may take than expected, as a share."""
+        return DOUBT / math.sqrt(1 + self._walltimes.learned)
+
+    @property
+    def noise(self) -> float:
+        """Seconds by which a single task may be late."""
+        return SURELY * max((self._line(rule).noise for rule in self._rules), default=0.0)
+
     def longest(self, vm: VM, seconds: float = math.inf, surely: float = math.inf) -> Task | None:
         """The longest task that has room on `vm`, is expected to end within `seconds`, and all but
         surely within `surely`; of equal ones the first that came."""
@@ -129,20 +139,26 @@ class Future:
         else:
             del self._tasks[key]
 
-    def all_shares(self, cpus: int) -> list[float]:
+    def shares(self, cpus: int) -> list[float]:
         """Seconds each task will add to a VM with so many CPUs."""
         found: list[float] = []
         for (rule, planned, width), count in self._tasks.items():
             found += [self._walltimes.foreseen(rule, planned) * width / cpus] * count
         return found
 
-    def shares(self, cpus: int) -> list[float]:
-        """The part of them that plans count on: none before any estimate has been seen to hold, then a
-        share. Too few VMs only cost time, and can still be added; too many cost money."""
-        if not self._walltimes.trust:
-            return []
-        shares = sorted(self.all_shares(cpus))
-        return shares[:: round(1 / FORESEEN)]
+    @property
+    def is_known(self) -> bool:
+        """Whether any estimate has been seen to hold, or not."""
+        return self._walltimes.learned > 0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user asked for: the date by which all should be done, and what VMs may cost (billed
+    seconds)."""
+
+    deadline: float = math.inf
+    budget: float = math.inf
 
 
 @dataclass
@@ -150,7 +166,7 @@ class Pool:
     """`touched` are the VMs on which something changed since they were last offered work, `is_stale`
     says that the plan as a whole must be made anew; `room` how many more VMs the cap allows, and
     `is_starved` that fewer could be started than the plan wants. `boot_time(k)`: predicted boot (s) of
-    the VM that would be requested after k others now."""
+    the VM that would be requested after k others now. `spent`: billed seconds of the VMs that have gone."""
 
     strategy: Strategy
     kind: InstanceType
@@ -158,6 +174,8 @@ class Pool:
     backlog: Backlog
     future: Future
     boot_time: Callable[[int], float]
+    goal: Goal = Goal()
+    spent: float = 0.0
     touched: dict[str, VM] = field(default_factory=dict)
     is_stale: bool = False
     is_starved: bool = False
@@ -176,6 +194,11 @@ class Pool:
         ahead = vm.has_room(Need(0, 0)) and not vm.queue
         many = len(self.backlog) >= 2 * len(self.fleet)
         return ahead and many and all(task.walltime <= SHORT for task in vm.active.values())
+
+    @property
+    def money_left(self) -> float:
+        """Billed seconds that the budget leaves for the VMs there are and will be."""
+        return self.goal.budget - self.spent
 
     @property
     def moves(self) -> bool:

@@ -124,9 +124,9 @@ class Walltimes:
         return x if line is None else line(x)
 
     @property
-    def trust(self) -> bool:
-        """Whether anything was learned at all."""
-        return self._all.n > 0
+    def learned(self) -> float:
+        """How many tasks were seen to end."""
+        return self._all.n
 
     def foreseen(self, rule: str, estimate: float | None) -> float:
         """As `expected`; of a rule nothing is known of, the estimates are taken to be as wrong as those

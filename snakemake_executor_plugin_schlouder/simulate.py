@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .broker import Broker, BrokerConfig
 from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
-from .pool import Announcement
+from .pool import Announcement, Goal
 from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
 from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus
@@ -44,6 +44,7 @@ class Scenario:
     period: float = 1.0
     real_boots: BootPredictor | None = None
     walltimes: Walltimes | None = None
+    goal: Goal = field(default_factory=Goal)
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ class Simulation:
             billing=scenario.billing,
             boot_timeout=math.inf,
             describe_every=math.inf,
+            goal=scenario.goal,
         )
         self.broker = Broker(
             config,

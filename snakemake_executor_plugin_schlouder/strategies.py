@@ -21,6 +21,11 @@ from .pool import Pool
 _NOTICEABLE = 0.04
 """Share of the remaining time that is worth another VM to `fastest`."""
 
+_HALVINGS = 8
+
+_RESERVE = 0.02
+"""Share of a budget that plans leave alone."""
+
 _EXTENSIONS = 20
 """Quanta by which a plan of `cheapest` may be prolonged before it takes whatever VMs it can get."""
 
@@ -128,7 +133,8 @@ class Pooled:
     name: ClassVar[str] = ""
     reuses_vms: ClassVar[bool] = True
     one_type: ClassVar[bool] = False
-    looks_ahead: ClassVar[bool] = False
+    counts_on: ClassVar[int] = 0
+    """Of the tasks that were announced and have not come, every how many-th is planned for; 0: none."""
 
     def __init__(self) -> None:
         self._stops: dict[str, float] = {}
@@ -146,7 +152,7 @@ class Pooled:
         """How many VMs are to be started now."""
         if not (pool.is_stale or self._is_outdated(pool)):
             return 0
-        batch = _batch(pool, self.looks_ahead)
+        batch = _batch(pool, self.counts_on)
         layout = self.lay_out(batch, pool)
         self._stops = {seat.name: batch.paid_until(seat, layout) for seat in batch.seats}
         self._unnamed = [batch.paid_until(seat, layout) for seat in batch.offers[: layout.new]]
@@ -172,7 +178,8 @@ class Cheapest(Pooled):
     tasks take longer than they should, the VMs there are go on."""
 
     name: ClassVar[str] = "cheapest"
-    looks_ahead: ClassVar[bool] = True
+    counts_on: ClassVar[int] = 2
+    """Too few VMs only cost time, and can still be added; too many cost money."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,9 +212,51 @@ class Fastest(Pooled):
         return layout if layout.fits else fastest
 
 
+class Deadline(Pooled):
+    """The cheapest plan that ends by the deadline, with room for estimates that are too low; without
+    such a plan the fastest."""
+
+    name: ClassVar[str] = "deadline"
+    counts_on: ClassVar[int] = 1
+
+    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
+        careful = batch.stretched(1 + pool.backlog.doubt)
+        layout = careful.cheapest(pool.goal.deadline - pool.backlog.noise)
+        return layout if layout.fits else batch.fastest()
+
+
+class Budget(Pooled):
+    """The fastest plan that costs no more than the budget, with room for estimates that are too low.
+    Without such a plan no VM is added: what is learned while one works may show that there is room."""
+
+    name: ClassVar[str] = "budget"
+    counts_on: ClassVar[int] = 1
+
+    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
+        careful = batch.stretched(1 + pool.backlog.doubt)
+        soon, late = careful.fastest(_NOTICEABLE).finish, batch.now + 2 * careful.alone
+        best = careful.cheapest(soon)
+        if self._is_affordable(best, pool):
+            return best
+        best = replace(careful, offers=careful.offers[: 0 if careful.seats else 1]).cheapest(late)
+        for _ in range(_HALVINGS if self._is_affordable(best, pool) else 0):
+            middle = (soon + late) / 2
+            layout = careful.cheapest(middle)
+            if self._is_affordable(layout, pool):
+                best, late = layout, middle
+            else:
+                soon = middle
+        return best
+
+    def _is_affordable(self, layout: Layout, pool: Pool) -> bool:
+        """With something kept in reserve, for a task that is late by seconds may begin a unit."""
+        reserve = pool.fleet.billing.unit + _RESERVE * pool.goal.budget
+        return layout.fits and layout.cost + reserve <= pool.money_left
+
+
 _BUILT_IN: tuple[type[Strategy], ...] = (
     *(OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit),
-    *(Cheapest, Fastest),
+    *(Cheapest, Fastest, Deadline, Budget),
 )
 _STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
 
@@ -217,11 +266,11 @@ def _with_all(batch: Batch, pool: Pool) -> Batch:
     one by one, when the tasks are there."""
     if batch.has_long_units:
         return batch
-    lengths = [*batch.lengths, *pool.future.all_shares(pool.kind.cpus)]
+    lengths = [*batch.lengths, *pool.future.shares(pool.kind.cpus)]
     return replace(batch, lengths=lengths, width=len(lengths))
 
 
-def _batch(pool: Pool, with_future: bool = False) -> Batch:
+def _batch(pool: Pool, counts_on: int) -> Batch:
     """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
     fleet = pool.fleet
     seats = [
@@ -234,8 +283,9 @@ def _batch(pool: Pool, with_future: bool = False) -> Batch:
         for number in range(min(pool.room, announced))
     ]
     lengths = pool.backlog.shares(pool.kind.cpus)
-    if with_future:
-        lengths = sorted([*lengths, *pool.future.shares(pool.kind.cpus)], reverse=True)
+    if counts_on == 1 or (counts_on and pool.future.is_known):
+        future = sorted(pool.future.shares(pool.kind.cpus))
+        lengths = sorted([*lengths, *future[::counts_on]], reverse=True)
     return Batch(
         fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time, len(pool.backlog)
     )
