@@ -21,6 +21,9 @@ from .pool import Pool
 _NOTICEABLE = 0.04
 """Share of the remaining time that is worth another VM to `fastest`."""
 
+_CARE = 5
+"""How many times the doubt about estimates a deadline is kept clear of: it cannot be bought back."""
+
 _HALVINGS = 8
 
 _RESERVE = 0.02
@@ -220,7 +223,7 @@ class Deadline(Pooled):
     counts_on: ClassVar[int] = 1
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        careful = batch.stretched(1 + pool.backlog.doubt)
+        careful = batch.stretched(1 + _CARE * pool.backlog.doubt)
         layout = careful.cheapest(pool.goal.deadline - pool.backlog.noise)
         return layout if layout.fits else batch.fastest()
 
