@@ -6,6 +6,7 @@ writes to the journal what it is about to do.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sqlite3
@@ -102,10 +103,14 @@ class BrokerConfig:
         return self.workdir / ".snakemake" / "schlouder" / self.run
 
     def log_file(self, task: Task) -> Path:
-        return self.files / f"{task.jobid}-{task.rule}.{task.attempt}.log"
+        return Path(f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log")
 
     def exit_file(self, task: Task) -> Path:
-        return self.files / f"{task.jobid}-{task.rule}.{task.attempt}.exit"
+        return Path(f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit")
+
+    @functools.cached_property
+    def _files(self) -> str:
+        return str(self.files)
 
 
 class Books(Protocol):
@@ -283,7 +288,8 @@ class Broker:
 
     def _observe_cloud(self) -> None:
         moving = self._machines.has(*_MOVING)
-        pause = self._config.describe_every if moving else _DESCRIBE_SELDOM
+        often = self._config.describe_every
+        pause = often if moving else max(often, _DESCRIBE_SELDOM)
         if self._machines.alive and self._now - self._described >= pause:
             self._describe()
 
@@ -783,7 +789,8 @@ class Broker:
     def _retirable(self) -> list[VM]:
         """The idle VMs that may have to go now: those whose date has come, or all of them when
         somebody else waits for their place or nobody is left to use them."""
-        if self._stopping or self._planner.is_starved or self._planner.nothing_to_come:
+        planner = self._planner
+        if self._stopping or planner.is_starved or planner.has_idle_for_nothing:
             return list(self._machines.idle.values())
         return self._machines.due(self._now)
 

@@ -5,6 +5,7 @@ Times are seconds since the epoch, durations seconds, memory MiB.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class InstanceType:
     cpus: int
     memory: int
 
-    @property
+    @functools.cached_property
     def node_memory(self) -> int:
         """MiB declared to Slurm: firmware and kernel keep a part, and a node that reports less than
         it declared is drained (INVALID_REG)."""
@@ -232,17 +233,19 @@ class VM:
 
     def has_room(self, need: Need) -> bool:
         """Whether `need` can run beside what runs there now."""
-        cpus = sum(task.need.cpus for task in self.active.values())
-        memory = sum(task.need.memory for task in self.active.values())
-        return self.type.fits(Need(cpus + need.cpus, memory + need.memory))
+        cpus, memory = need.cpus, need.memory
+        for task in self.active.values():
+            cpus += task.need.cpus
+            memory += task.need.memory
+        return cpus <= self.type.cpus and memory <= self.type.node_memory
 
     def free(self) -> Need:
         """What is left beside all that runs there and is planned for it."""
-        tasks = (*self.active.values(), *self.queue)
-        return Need(
-            self.type.cpus - sum(task.need.cpus for task in tasks),
-            self.type.node_memory - sum(task.need.memory for task in tasks),
-        )
+        cpus, memory = self.type.cpus, self.type.node_memory
+        for task in (*self.active.values(), *self.queue):
+            cpus -= task.need.cpus
+            memory -= task.need.memory
+        return Need(cpus, memory)
 
     def uptime(self, now: float) -> float:
         """Seconds the provider counts."""
@@ -271,12 +274,16 @@ class VM:
         self.unstarted -= self.share(task)
 
     def has_ended(self, task: Task, now: float) -> None:
-        """A task that ran has left `active`."""
+        """A task of `active` has left it."""
+        if not task.started:
+            self.unstarted -= self.share(task)
+        if self.is_unused:
+            self.unstarted = 0.0
         if any(other.started for other in self.active.values()):
             took = now - (task.started or now)
             self.free_at += (took - task.walltime) * task.need.cpus / self.type.cpus
         else:
-            self.recount(now)
+            self.free_at = now + self.unstarted
 
     def recount(self, now: float) -> None:
         """Takes idle date and unstarted work anew from what is in the queue and in `active`."""

@@ -104,9 +104,11 @@ class Planner:
         return self._left > 0 or any(pool.is_starved for pool in self._pools.values())
 
     @property
-    def nothing_to_come(self) -> bool:
-        """Whether every task that was announced is here; True if none was."""
-        return not any(self._futures.values())
+    def has_idle_for_nothing(self) -> bool:
+        """Whether idle VMs wait for tasks that will not come: all that were announced are here, and
+        units are too short to wait for the end of one."""
+        boot_time = self._boots.predict(len(self._booting))
+        return self._billing.unit <= boot_time and not any(self._futures.values())
 
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
@@ -124,11 +126,10 @@ class Planner:
         """Seconds until an idle VM should go; with units shorter than a boot at once when nothing is
         left that could use it."""
         idle_for = now - (vm.idle_since if vm.idle_since is not None else now)
-        boot_time = self._boots.predict(len(self._booting))
         pool = self._pool_of.get(vm.name)
-        unused = self.nothing_to_come and (pool is None or not pool.backlog)
-        if unused and self._billing.unit <= boot_time:
+        if self.has_idle_for_nothing and (pool is None or not pool.backlog):
             return self._billing.minimum - vm.uptime(now)
+        boot_time = self._boots.predict(len(self._booting))
         return self._billing.retires_in(vm.uptime(now), idle_for, boot_time)
 
     def place(self, waiting: Sequence[Task], now: float, room: int, refusal: str) -> Plan:

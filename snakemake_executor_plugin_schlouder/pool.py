@@ -125,19 +125,22 @@ class Future:
     def __init__(self, walltimes: Walltimes) -> None:
         self._walltimes = walltimes
         self._tasks: Counter[tuple[str, float | None, int]] = Counter()
+        self._size = 0
 
     def __len__(self) -> int:
-        return self._tasks.total()
+        return self._size
 
     def announce(self, task: Announcement) -> None:
         self._tasks[task.rule, task.planned, task.need.cpus] += 1
+        self._size += 1
 
     def has_come(self, task: Task) -> None:
         key = (task.rule, task.planned, task.need.cpus)
-        if self._tasks[key] > 1:
+        if key in self._tasks:
+            self._size -= 1
             self._tasks[key] -= 1
-        else:
-            del self._tasks[key]
+            if not self._tasks[key]:
+                del self._tasks[key]
 
     def shares(self, cpus: int) -> list[float]:
         """Seconds each task will add to a VM with so many CPUs."""

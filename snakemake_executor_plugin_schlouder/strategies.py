@@ -26,6 +26,9 @@ _CARE = 5
 
 _HALVINGS = 8
 
+_LARGE = 1000
+"""Tasks from which on a batch counts as large."""
+
 _RESERVE = 0.02
 """Share of a budget that plans leave alone."""
 
@@ -130,7 +133,7 @@ class Pooled:
     """A strategy that keeps its tasks until a VM has room, so that nothing is final before it runs.
 
     It lays the rest of the batch out on the VMs there are and could be (`layout.py`), anew whenever
-    tasks have come or a tenth of them has gone, with the estimates corrected by what was learned.
+    tasks have come or a good part of them has gone, with the estimates corrected by what was learned.
     """
 
     name: ClassVar[str] = ""
@@ -172,7 +175,10 @@ class Pooled:
         return pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
 
     def _is_outdated(self, pool: Pool) -> bool:
-        return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // 10)
+        """A tenth of the batch has gone; of a large one, whose sums are firm and whose layout is
+        long to find, a quarter."""
+        part = 10 if self._planned_for < _LARGE else 4
+        return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // part)
 
 
 class Cheapest(Pooled):

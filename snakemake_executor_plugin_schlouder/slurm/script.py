@@ -9,6 +9,8 @@ from pathlib import Path
 REVOKED = 75
 """Exit code of a script that was revoked (EX_TEMPFAIL)."""
 
+_BEGUN, _REVOKED = ".begun", ".revoked"
+
 
 def job_script(name: str, command: str, exit_file: Path) -> str:
     """A script that runs `command`, then writes its exit code to `exit_file` in one atomic step.
@@ -18,8 +20,9 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
     commands must find the node's own configuration.
     """
     title = " ".join(name.split())
-    begun, revoked = (shlex.quote(str(path)) for path in (_begun(exit_file), _revoked(exit_file)))
-    part, whole = shlex.quote(f"{exit_file}.part"), shlex.quote(str(exit_file))
+    whole, part, begun, revoked = (
+        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", ".part", _BEGUN, _REVOKED)
+    )
     return "\n".join(
         [
             "#!/bin/sh",
@@ -50,11 +53,11 @@ def revoke(exit_file: Path) -> bool:
 
 
 def _begun(exit_file: Path) -> Path:
-    return exit_file.with_name(exit_file.name + ".begun")
+    return exit_file.with_name(exit_file.name + _BEGUN)
 
 
 def _revoked(exit_file: Path) -> Path:
-    return exit_file.with_name(exit_file.name + ".revoked")
+    return exit_file.with_name(exit_file.name + _REVOKED)
 
 
 def exit_code(exit_file: Path) -> int | None:
