@@ -226,6 +226,8 @@ def _within(tasks: list[tuple[float, int, Task]], line: Line, seconds: float, su
         length = line(entry[0])
         return max(length - seconds, length + SURELY * line.spread(entry[0]) - surely)
 
+    if lateness(tasks[-1]) <= 0:
+        return len(tasks)
     return bisect_right(tasks, 0.0, key=lateness)
 
 
