@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from . import order
 from .machines import Machines
 from .model import (
     TASK_ENDED,
@@ -79,7 +80,8 @@ _CONSOLE_LINES = 15
 @dataclass(frozen=True)
 class BrokerConfig:
     """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
-    `describe_every`: seconds between two looks at EC2 while machines boot or end."""
+    `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
+    waiting tasks, where their strategy has none of its own."""
 
     run: str
     workdir: Path
@@ -89,6 +91,7 @@ class BrokerConfig:
     billing: Billing
     boot_timeout: float
     describe_every: float = 3.0
+    order: str = order.SUBMISSION
 
     @property
     def job_name(self) -> str:
@@ -153,7 +156,7 @@ class Broker:
         self._now = clock()
         self._inbox: list[Task] = []
         self._planner = Planner(
-            config.types, config.billing, self._boots, self._walltimes, self._new_vm
+            config.types, config.billing, self._boots, self._walltimes, self._new_vm, config.order
         )
         self._waiting: list[Task] = []
         self._machines = Machines()
