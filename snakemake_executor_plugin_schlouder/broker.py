@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from . import order
 from .machines import Machines
 from .model import (
     TASK_ENDED,
@@ -80,7 +81,8 @@ _CONSOLE_LINES = 15
 @dataclass(frozen=True)
 class BrokerConfig:
     """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
-    `describe_every`: seconds between two looks at EC2 while machines boot or end."""
+    `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
+    waiting tasks, where their strategy has none of its own."""
 
     run: str
     workdir: Path
@@ -91,6 +93,7 @@ class BrokerConfig:
     boot_timeout: float
     describe_every: float = 3.0
     goal: Goal = field(default_factory=Goal)
+    order: str = order.SUBMISSION
 
     @property
     def job_name(self) -> str:
@@ -165,6 +168,7 @@ class Broker:
             self._walltimes,
             self._new_vm,
             config.goal,
+            config.order,
         )
         self._waiting: list[Task] = []
         self._machines = Machines()

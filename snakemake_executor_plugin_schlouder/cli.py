@@ -47,6 +47,12 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     simulate.add_argument("tasks", type=Path, metavar="TASKS", help="a task list (.tasks)")
     simulate.add_argument("--strategy", action="append", metavar="NAME", help="default: all")
+    simulate.add_argument(
+        "--order",
+        default="submission",
+        metavar="ORDER",
+        help="in which waiting tasks are placed: submission (default), rank or level",
+    )
     simulate.add_argument("--max-vms", type=int, default=20, metavar="N")
     simulate.add_argument("--btu", type=float, default=1.0, metavar="S", help="default: 1")
     simulate.add_argument("--min-charge", type=float, default=60.0, metavar="S", help="default: 60")
@@ -128,7 +134,10 @@ def _simulate(arguments: argparse.Namespace) -> int:
         names = arguments.strategy or strategies.known()
         billing = Billing(arguments.btu, arguments.min_charge, arguments.margin)
         boots = LinearBoots(arguments.boot_seconds, 0.0)
-        scenarios = [simulate.Scenario(name, arguments.max_vms, billing, boots) for name in names]
+        scenarios = [
+            simulate.Scenario(name, arguments.max_vms, billing, boots, order=arguments.order)
+            for name in names
+        ]
         outcomes = {scenario.strategy: simulate.simulate(tasks, scenario) for scenario in scenarios}
     except SchlouderError as error:
         return _fail(error)

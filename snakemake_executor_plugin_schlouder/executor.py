@@ -27,8 +27,9 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
 from .broker import Broker, BrokerConfig
+from .dag import Dag
 from .journal import Journal, RunRecord, journal_path
-from .model import InstanceType, SchlouderError, Task, TaskState
+from .model import DEFAULT_WALLTIME, InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
 from .pool import Announcement
 from .provision import Ec2Settings, Join, connect
@@ -69,6 +70,7 @@ class Executor(RemoteExecutor):
         be done, or only local rules, it does not even look at the cloud."""
         try:
             self._config = validated(self.executor_settings)
+            self._places = Dag(self.dag, self._walltimes_ahead)
             jobs = self._jobs_ahead()
             if jobs:
                 self._open(jobs)
@@ -184,6 +186,7 @@ class Executor(RemoteExecutor):
             max_vms=config.max_vms,
             billing=config.billing,
             boot_timeout=config.boot_timeout,
+            order=config.order,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
         self._broker = Broker(broker_config, cloud, cluster, self._journal, self.logger)
@@ -224,6 +227,17 @@ class Executor(RemoteExecutor):
         needrun = getattr(self.dag, "needrun_jobs", None)
         return [job for job in needrun() if not job.is_local] if needrun is not None else []
 
+    def _walltimes_ahead(self) -> dict[Any, float]:
+        """Seconds the remote jobs ahead are taken to run."""
+        return {job: self._walltime(job) for job in self._jobs_ahead()}
+
+    def _walltime(self, job: Any) -> float:
+        try:
+            planned = self._settings(job).planned
+        except SchlouderError:
+            planned = None
+        return DEFAULT_WALLTIME if planned is None else planned
+
     def _rules(self, jobs: list[Any]) -> list[tuple[str, RuleSettings]]:
         """What the jobs ask for, once for each rule and demand; all wrong resources in one error."""
         found: dict[tuple[str, RuleSettings], None] = {}
@@ -250,7 +264,7 @@ class Executor(RemoteExecutor):
         settings = self._settings(job)
         self._job_cores = settings.need.cpus
         self._task_count += 1
-        return Task(
+        task = Task(
             key=f"{self._run}-{self._task_count}",
             name=_display_name(job),
             rule=_file_name(job.name),
@@ -262,6 +276,8 @@ class Executor(RemoteExecutor):
             limit=settings.limit,
             planned=settings.planned,
         )
+        self._places.note(job, task)
+        return task
 
     def _warn_of_few_jobs(self, ahead: int) -> None:
         """Strategies see only what Snakemake hands over at a time."""

@@ -99,6 +99,11 @@ class Fleet:
     def first(self) -> VM | None:
         return next(iter(self), None)
 
+    def named(self, name: str | None) -> VM | None:
+        """The VM of this name, if it is here and still takes tasks."""
+        entry = self._entries.get(name or "")
+        return entry.vm if entry else None
+
     def idle_first(self) -> VM | None:
         """The VM that is predicted to be idle before the others."""
         heads = [self._by_number[keys[0][1]] for keys in (self._floating, self._firm) if keys]
@@ -126,6 +131,11 @@ class Fleet:
     def fits(self, vm: VM, task: Task) -> bool:
         """Whether `task` ends within the quanta `vm` has begun, margin included."""
         return self.paid_left(vm, task) <= self.paid_left(vm)
+
+    def exceeds(self, vm: VM, task: Task) -> bool:
+        """Whether `task` would end after the first quantum of `vm`, margin included."""
+        until_idle = self.idle_at(vm) - vm.requested + vm.share(task)
+        return self.billing.exceeds(until_idle, self._quantum)
 
     def tightest(self, task: Task) -> VM | None:
         """Of the VMs in whose begun quanta `task` fits, the one with the least time left after it."""

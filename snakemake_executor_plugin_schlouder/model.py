@@ -110,6 +110,10 @@ class Billing:
         used = until_idle + (self.margin if self.unit > self.margin else 0.0)
         return max(1, math.ceil(used / quantum)) * quantum - used
 
+    def exceeds(self, until_idle: float, quantum: float) -> bool:
+        """Whether that is more than the first quantum, margin included as above."""
+        return until_idle + (self.margin if self.unit > self.margin else 0.0) > quantum
+
     def retires_in(self, uptime: float, idle_for: float, boot_time: float) -> float:
         """Seconds from now until a VM that stays idle should go; 0 or less: now.
 
@@ -134,7 +138,8 @@ class Task:
     (`schlouder_walltime`, else `runtime`), `expected` what was planned with, `attempt` counts the
     submissions to Slurm, `losses` the machines that were lost under it. `recalled`: we cancelled the
     submission and will make another. `started` and `ended` are Slurm's times of the last attempt. The
-    failure of a task with `ends_run` ends the run.
+    failure of a task with `ends_run` ends the run. `after` holds the keys of the tasks it waited for,
+    `level` and `rank` (s) are its place in the workflow (`order.Place`), as far as known.
     """
 
     key: str
@@ -158,6 +163,9 @@ class Task:
     recalled: bool = False
     slurm_id: str | None = None
     reason: str = ""
+    after: tuple[str, ...] = ()
+    level: int = 0
+    rank: float | None = None
 
     @property
     def attempt_key(self) -> str:

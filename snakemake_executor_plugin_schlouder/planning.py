@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from . import strategies
+from . import order, strategies
 from .fleet import Fleet
 from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
 from .pool import Announcement, Backlog, Future, Goal, Pool
@@ -30,7 +30,8 @@ class Plan:
 class Planner:
     """Keeps the pools of a run: per strategy and instance type the VMs, and what waits for them.
 
-    `new_vm` makes a VM of a strategy and a type with the given predicted boot time.
+    `new_vm` makes a VM of a strategy and a type with the given predicted boot time. `order` is that of
+    the waiting tasks, where their strategy has none of its own.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Planner:
         walltimes: Walltimes,
         new_vm: Callable[[str, InstanceType, float], VM],
         goal: Goal,
+        order: str = order.SUBMISSION,
     ) -> None:
         self._types = types
         self._billing = billing
@@ -48,6 +50,7 @@ class Planner:
         self._walltimes = walltimes
         self._new_vm = new_vm
         self._goal = goal
+        self._order = order
         self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, set[Need]] = {}
         self._futures: dict[str, Future] = {}
@@ -136,7 +139,7 @@ class Planner:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
         `refusal`: why none can be, if that is for good."""
         round_ = _Round(now, room, refusal)
-        for task in waiting:
+        for task in self._in_order(waiting):
             self._future_of(task.strategy).has_come(task)
             pool = self._pool_for(task)
             if pool is None:
@@ -152,12 +155,40 @@ class Planner:
         self._left = len(round_.plan.left)
         return round_.plan
 
+    # -- the order of the tasks
+
+    def _in_order(self, waiting: Sequence[Task]) -> Sequence[Task]:
+        """The tasks of every pool in its strategy's order; the turns of the pools stay."""
+        if len(waiting) < 2:
+            return waiting
+        names = {task.strategy for task in waiting}
+        if all(self._order_of(name) == order.SUBMISSION for name in names):
+            return waiting
+        for task in waiting:
+            self._expect(task)
+        return order.in_turns(
+            waiting,
+            lambda task: (task.strategy, self._type_for(task)),
+            lambda task: self._order_of(task.strategy),
+        )
+
+    def _order_of(self, name: str) -> str:
+        """A strategy's own order, else the user's; pooled ones pick their tasks themselves."""
+        strategy = self.strategy(name)
+        if isinstance(strategy, strategies.Pooled):
+            return order.SUBMISSION
+        own: str | None = getattr(strategy, "order", None)
+        return own or self._order
+
+    def _expect(self, task: Task) -> None:
+        if task.planned is None:
+            task.expected = self._walltimes.expected(task.rule, None)
+
     # -- strategies that choose a VM for each task
 
     def _place(self, task: Task, pool: Pool, round_: _Round) -> None:
         plan = round_.plan
-        if task.planned is None:
-            task.expected = self._walltimes.expected(task.rule, None)
+        self._expect(task)
         self._look(pool, round_)
         try:
             vm = self._ask(task, pool)

@@ -92,6 +92,13 @@ class Backlog:
         """Seconds by which a single task may be late."""
         return SURELY * max((self._line(rule).noise for rule in self._rules), default=0.0)
 
+    @property
+    def path(self) -> float:
+        """Seconds that the longest chain of successors of any task will take after it."""
+        entries = (entry for tasks in self._rules.values() for entry in tasks)
+        longest = max((task.rank - estimate for estimate, _, task in entries), default=0.0)
+        return self._walltimes.foreseen("", longest)
+
     def longest(self, vm: VM, seconds: float = math.inf, surely: float = math.inf) -> Task | None:
         """The longest task that has room on `vm`, is expected to end within `seconds`, and all but
         surely within `surely`; of equal ones the first that came."""

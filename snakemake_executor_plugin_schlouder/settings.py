@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
-from . import strategies
+from . import order, strategies
 from .model import Billing, Need, SchlouderError
 
 
@@ -30,6 +30,15 @@ class ExecutorSettings(ExecutorSettingsBase):
             f"{', '.join(strategies.known())}, or your own as module:Class. "
             "A rule may name its own with the resource schlouder_strategy.",
             metavar="NAME",
+        ),
+    )
+    order: Optional[str] = field(
+        default=order.SUBMISSION,
+        metadata=_setting(
+            f"In which order waiting jobs are placed: {', '.join(order.NAMES)} (rank: the one with the "
+            "longest way to the workflow's end first). The strategies start-par-* and all-par-* have "
+            "their own; cheapest and fastest pick the longest job.",
+            metavar="ORDER",
         ),
     )
     max_vms: Optional[int] = field(
@@ -115,6 +124,7 @@ class Config:
     """Settings that make sense. Durations in seconds; empty strings mean EC2's own default."""
 
     strategy: str
+    order: str
     max_vms: int
     billing: Billing
     instance_types: tuple[str, ...]
@@ -146,6 +156,7 @@ def validated(settings: ExecutorSettings) -> Config:
         raise SchlouderError("\n".join(problems))
     return Config(
         strategy=settings.strategy or "",
+        order=settings.order or "",
         max_vms=settings.max_vms or 0,
         billing=Billing(
             settings.btu or 0,
@@ -201,6 +212,10 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
     problems = []
     try:
         strategies.make(settings.strategy or "")
+    except SchlouderError as error:
+        problems.append(f"--schlouder-{error}")
+    try:
+        order.checked(settings.order or "")
     except SchlouderError as error:
         problems.append(f"--schlouder-{error}")
     if not settings.image:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .broker import Broker, BrokerConfig
 from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
+from .order import SUBMISSION, checked
 from .pool import Announcement, Goal
 from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
@@ -26,6 +27,7 @@ from .tasklist import RecordedBoot, TaskList
 
 ONE_CORE = InstanceType("one-core", 1, 4096)
 _NEED = Need(1, 1)
+_ALONE = (0, None)
 _SILENT = logging.getLogger("schlouder.simulation")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
@@ -35,7 +37,8 @@ _SILENT.propagate = False
 class Scenario:
     """What a simulation needs besides the tasks. `boots` predicts; what boots really take comes from
     the task list, in the order of the requests, and for further VMs from `real_boots`, or else from the
-    prediction. `walltimes`: what is known of the users' estimates beforehand."""
+    prediction. `walltimes`: what is known of the users' estimates beforehand. `order`: that of the
+    waiting tasks, where the strategy has none of its own."""
 
     strategy: str
     max_vms: int
@@ -45,6 +48,7 @@ class Scenario:
     real_boots: BootPredictor | None = None
     walltimes: Walltimes | None = None
     goal: Goal = field(default_factory=Goal)
+    order: str = SUBMISSION
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,7 @@ class Simulation:
     def __init__(self, tasks: TaskList, scenario: Scenario) -> None:
         self._tasks = {task.name: task for task in tasks.tasks}
         self._scenario = scenario
+        self._places = tasks.places
         self._order = {task.name: number for number, task in enumerate(tasks.tasks)}
         self._waits = {task.name: set(task.after) for task in tasks.tasks if task.after}
         self._followers: dict[str, list[str]] = {}
@@ -242,6 +247,7 @@ class Simulation:
             boot_timeout=math.inf,
             describe_every=math.inf,
             goal=scenario.goal,
+            order=checked(scenario.order),
         )
         self.broker = Broker(
             config,
@@ -307,15 +313,20 @@ class Simulation:
                     self._world.push(submission, "arrive", name)
 
     def _task(self, name: str) -> Task:
+        recorded = self._tasks[name]
+        level, rank = self._places.get(name, _ALONE)
         return Task(
             key=name,
             name=name,
-            rule=self._tasks[name].rule,
+            rule=recorded.rule,
             jobid=name,
             strategy=self._scenario.strategy,
             need=_NEED,
             command="",
-            planned=self._tasks[name].predicted,
+            planned=recorded.predicted,
+            after=recorded.after,
+            level=level,
+            rank=rank,
         )
 
     def _outcome(self) -> Outcome:

@@ -13,9 +13,17 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Protocol
 
+from .dag_strategies import (
+    AllPar1LnS,
+    AllParExceed,
+    AllParNotExceed,
+    StartParExceed,
+    StartParNotExceed,
+)
 from .fleet import Fleet
 from .layout import Batch, Layout, Seat
 from .model import VM, SchlouderError, Task
+from .order import is_known as is_known_order
 from .pool import Pool
 
 _NOTICEABLE = 0.04
@@ -41,7 +49,8 @@ ENTRY_POINTS = "schlouder.strategies"
 
 class Strategy(Protocol):
     """`name` is what users write. `reuses_vms`: whether an idle VM can still get work. `one_type`: whether
-    all its tasks go to machines of one type, the first that fits every one of them."""
+    all its tasks go to machines of one type, the first that fits every one of them. Where a strategy has
+    an attribute `order` (`order.py`), its tasks are placed in that order, whatever the user has set."""
 
     name: ClassVar[str]
     reuses_vms: ClassVar[bool]
@@ -230,7 +239,8 @@ class Deadline(Pooled):
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
         careful = batch.stretched(1 + _CARE * pool.backlog.doubt)
-        layout = careful.cheapest(pool.goal.deadline - pool.backlog.noise)
+        by = pool.goal.deadline - pool.backlog.noise - pool.backlog.path
+        layout = careful.cheapest(by)
         return layout if layout.fits else batch.fastest()
 
 
@@ -266,6 +276,7 @@ class Budget(Pooled):
 _BUILT_IN: tuple[type[Strategy], ...] = (
     *(OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit),
     *(Cheapest, Fastest, Deadline, Budget),
+    *(StartParExceed, StartParNotExceed, AllParExceed, AllParNotExceed, AllPar1LnS),
 )
 _STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
 
@@ -316,6 +327,9 @@ def make(name: str) -> Strategy:
     missing = [part for part in _PARTS if not hasattr(strategy, part)]
     if missing:
         raise SchlouderError(f"strategy: {name!r} is no strategy; it lacks {', '.join(missing)}")
+    own_order = getattr(strategy, "order", None)
+    if own_order is not None and not is_known_order(own_order):
+        raise SchlouderError(f"strategy: {name!r} has an unknown order: {own_order!r}")
     return strategy
 
 

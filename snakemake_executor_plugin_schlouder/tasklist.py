@@ -18,6 +18,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from .model import SchlouderError
+from .order import Place, places
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class RecordedTask:
 class TaskList:
     tasks: tuple[RecordedTask, ...]
     boots: tuple[RecordedBoot, ...] = field(default=())
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where the tasks that wait or are waited for stand, by the users' estimates."""
+        after = {task.name: task.after for task in self.tasks if task.after}
+        predicted = {task.name: task.predicted for task in self.tasks} if after else {}
+        return places(after, predicted.__getitem__)
 
 
 def read(path: Path) -> TaskList:

@@ -37,6 +37,20 @@ rule sum:
     shell: "cat {input} > {output}"
 """
 
+TWO_CHAINS = """
+rule all:
+    input: expand("out/second-{i}.txt", i=["a", "b"])
+rule first:
+    output: "out/first-{i}.txt"
+    resources: schlouder_walltime="5s"
+    shell: "hostname > {output}"
+rule second:
+    input: "out/first-{i}.txt"
+    output: "out/second-{i}.txt"
+    resources: schlouder_walltime="5s"
+    shell: "hostname > {output}"
+"""
+
 LONG_JOBS = """
 rule all:
     input: expand("out/{i}.txt", i=range(4))
@@ -110,6 +124,16 @@ def test_jobs_run_on_vms_of_their_strategy_and_the_table_shows_it(site: Site) ->
     )
     assert "4 of 4 jobs complete" in status.stdout
     assert f" - {hosts[0]} (" in status.stdout
+
+
+def test_a_job_follows_the_one_it_waited_for_to_its_vm(site: Site) -> None:
+    write(site, TWO_CHAINS)
+    done = site.run("--schlouder-strategy", "start-par-exceed", "--schlouder-btu", "3600")
+    assert done.returncode == 0, done.stdout
+    hosts = {path.name: path.read_text().strip() for path in (site.directory / "out").glob("*.txt")}
+    assert hosts["first-a.txt"] != hosts["first-b.txt"]
+    assert hosts["second-a.txt"] == hosts["first-a.txt"]
+    assert hosts["second-b.txt"] == hosts["first-b.txt"]
 
 
 def test_nothing_to_be_done_starts_nothing(site: Site) -> None:

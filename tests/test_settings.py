@@ -22,7 +22,7 @@ def given(**values: Any) -> ExecutorSettings:
 
 def test_the_defaults_are_aws_billing_and_one_vm_per_job() -> None:
     config = validated(given())
-    assert config.strategy == "one-vm-per-job"
+    assert (config.strategy, config.order) == ("one-vm-per-job", "submission")
     assert config.billing == Billing(1, 60, 50)
     assert config.instance_types == ("m5.large",)
 
@@ -38,13 +38,18 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
     [
         (
             {"strategy": "cheap"},
-            "--schlouder-strategy: 'cheap' is unknown; known are afap, asap",
+            "--schlouder-strategy: 'cheap' is unknown; known are afap, all-par-1lns, ",
         ),
         (
             {"max_vms": 0},
             "--schlouder-max-vms: 0 is not allowed; it must be a whole number of at least 1",
         ),
         ({"max_vms": -3}, "--schlouder-max-vms: -3"),
+        (
+            {"order": "size"},
+            "--schlouder-order: 'size' is unknown; known are submission, rank, level",
+        ),
+        ({"order": None}, "--schlouder-order: '' is unknown"),
         ({"btu": 0.0}, "--schlouder-btu: 0.0 is not allowed; it must be seconds above 0"),
         ({"btu": -1.0}, "--schlouder-btu: -1.0"),
         ({"btu": float("nan")}, "--schlouder-btu: nan"),
@@ -66,8 +71,8 @@ def test_a_wrong_setting_is_named_with_its_value(values: dict[str, Any], message
 
 def test_all_wrong_settings_are_told_at_once() -> None:
     with pytest.raises(SchlouderError) as caught:
-        validated(given(max_vms=0, btu=0.0, strategy="x"))
-    assert len(str(caught.value).splitlines()) == 3
+        validated(given(max_vms=0, btu=0.0, strategy="x", order="y"))
+    assert len(str(caught.value).splitlines()) == 4
 
 
 def test_resources_of_a_rule_become_its_demand() -> None:
