@@ -95,8 +95,11 @@ class Backlog:
     @property
     def path(self) -> float:
         """Seconds that the longest chain of successors of any task will take after it."""
-        entries = (entry for tasks in self._rules.values() for entry in tasks)
-        longest = max((task.rank - estimate for estimate, _, task in entries), default=0.0)
+        longest = 0.0
+        for tasks in self._rules.values():
+            for estimate, _, task in tasks:
+                if task.rank is not None:
+                    longest = max(longest, task.rank - estimate)
         return self._walltimes.foreseen("", longest)
 
     def longest(self, vm: VM, seconds: float = math.inf, surely: float = math.inf) -> Task | None:

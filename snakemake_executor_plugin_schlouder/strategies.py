@@ -29,7 +29,7 @@ from .pool import Pool
 _NOTICEABLE = 0.04
 """Share of the remaining time that is worth another VM to `fastest`."""
 
-_CARE = 5
+_CARE = 5.0
 """How many times the doubt about estimates a deadline is kept clear of: it cannot be bought back."""
 
 _HALVINGS = 8
