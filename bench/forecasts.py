@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,20 @@ class Platform:
     cloud: str
     config: str
     storage: str
+
+    @property
+    def version(self) -> int:
+        """The number in `v3`, else 0."""
+        return int(re.sub(r"\D", "", self.config) or 0)
+
+    def distance(self, other: Platform) -> tuple[bool, int, bool, int]:
+        """Other clouds are farthest; of versions equally far the earlier one is nearer."""
+        return (
+            self.cloud != other.cloud,
+            abs(self.version - other.version),
+            self.storage != other.storage,
+            other.version,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,11 +98,16 @@ class Case:
             )
         )
 
+    @cached_property
+    def work(self) -> object:
+        """Equal for runs of the same tasks under the same strategy."""
+        tasks = tuple((task.name, task.predicted, task.after) for task in self.tasks.tasks)
+        return self.run.strategy, self.run.usecase, tasks
+
     @property
     def alike(self) -> object:
         """Equal for runs that were submitted alike."""
-        tasks = tuple((task.name, task.predicted, task.after) for task in self.tasks.tasks)
-        return self.run.strategy, self.run.usecase, self.run.max_vms, self.platform, tasks
+        return self.work, self.run.max_vms, self.platform
 
 
 @dataclass(frozen=True)
@@ -110,11 +130,24 @@ class Judged:
         return abs(self.forecast.units.median - self.case.run.units) / self.case.run.units
 
 
-History = Callable[[Case, Sequence[Case]], tuple[list[Case], bool]]
-"""The runs of which a prediction may know, and whether they are of other platforms."""
+@dataclass(frozen=True)
+class Allowed:
+    """The runs of which a prediction may know; `trust` in what their walltimes sum up to (see Knowledge);
+    `speed`: walltimes expected here / there."""
+
+    cases: list[Case]
+    trust: float
+    speed: float = 1.0
+
+    def knowledge(self, case: Case) -> Knowledge:
+        past = [other.past.scaled(self.speed) for other in self.cases]
+        return Knowledge.of(past, case.run.boots, self.trust)
 
 
-def other_strategy(case: Case, cases: Sequence[Case]) -> tuple[list[Case], bool]:
+History = Callable[[Case, Sequence[Case]], Allowed]
+
+
+def other_strategy(case: Case, cases: Sequence[Case]) -> Allowed:
     """The same use case under the other strategy: on the same platform, else on all others."""
     allowed = [
         other
@@ -122,18 +155,43 @@ def other_strategy(case: Case, cases: Sequence[Case]) -> tuple[list[Case], bool]
         if other.run.usecase == case.run.usecase and other.run.strategy != case.run.strategy
     ]
     here = [other for other in allowed if other.platform == case.platform]
-    return (here, False) if here else (_same_storage(case, allowed), True)
+    return Allowed(here, 1.0) if here else Allowed(_same_storage(case, allowed), 0.0)
 
 
-def other_platforms(case: Case, cases: Sequence[Case]) -> tuple[list[Case], bool]:
-    """Other platform configurations: of the same use case and strategy; else of the use case; else of
-    the application."""
+def other_platforms(case: Case, cases: Sequence[Case]) -> Allowed:
+    """Other platform configurations only: the same tasks under the same strategy on the nearest one,
+    trusted as much as the estimates; else what there is of the use case or the application."""
     where = case.platform.cloud, case.platform.config
     allowed = [other for other in cases if (other.platform.cloud, other.platform.config) != where]
-    usecase = [other for other in allowed if other.run.usecase == case.run.usecase]
-    same = [other for other in usecase if other.run.strategy == case.run.strategy]
-    application = [other for other in allowed if other.run.application == case.run.application]
-    return _same_storage(case, same or usecase or application), True
+    same = [other for other in allowed if other.work == case.work]
+    if not same:
+        usecase = [other for other in allowed if other.run.usecase == case.run.usecase]
+        related = [other for other in allowed if other.run.application == case.run.application]
+        return Allowed(_same_storage(case, usecase or related), 0.0)
+    there = _nearest(case.platform, same)
+    latest = _nearest(case.platform, allowed)
+    speed = _speed(case.run.strategy, allowed, latest, there)
+    return Allowed([other for other in same if other.platform == there], 0.5, speed)
+
+
+def _nearest(platform: Platform, cases: Iterable[Case]) -> Platform:
+    """Of the platforms of `cases` the one most like `platform`: machines are renewed from version to
+    version."""
+    return min({case.platform for case in cases}, key=platform.distance)
+
+
+def _speed(strategy: str, cases: Sequence[Case], here: Platform, there: Platform) -> float:
+    """Walltimes on `here` / on `there`: the median over the work that ran on both."""
+    sums: dict[Platform, dict[object, list[float]]] = {here: {}, there: {}}
+    for case in cases:
+        if case.platform in sums and case.run.strategy == strategy:
+            total = sum(task.real for task in case.tasks.tasks)
+            sums[case.platform].setdefault(case.work, []).append(total)
+    both = sums[here].keys() & sums[there].keys()
+    ratios = [
+        statistics.median(sums[here][work]) / statistics.median(sums[there][work]) for work in both
+    ]
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def forecast_rows(traces: Path) -> list[Row]:
@@ -171,7 +229,7 @@ def judge(cases: Sequence[Case], history: History) -> list[Judged]:
     groups: dict[object, list[Case]] = defaultdict(list)
     for case in cases:
         groups[case.alike].append(case)
-    questions = [_question(group[0], *history(group[0], cases)) for group in groups.values()]
+    questions = [_question(group[0], history(group[0], cases)) for group in groups.values()]
     with ProcessPoolExecutor() as pool:
         answers = list(pool.map(_forecast, questions))
     return [
@@ -184,11 +242,10 @@ def judge(cases: Sequence[Case], history: History) -> list[Judged]:
 _Question = tuple[TaskList, Scenario, Knowledge]
 
 
-def _question(case: Case, history: Iterable[Case], elsewhere: bool) -> _Question:
+def _question(case: Case, allowed: Allowed) -> _Question:
     run = case.run
-    knowledge = Knowledge.of([other.past for other in history], run.boots, rescaled=elsewhere)
     scenario = Scenario(run.strategy, run.max_vms, run.billing, run.boots)
-    return case.submitted, scenario, knowledge
+    return case.submitted, scenario, allowed.knowledge(case)
 
 
 def _forecast(question: _Question) -> Forecast:

@@ -15,8 +15,9 @@ import random
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 from .prediction import LearnedBoots, LinearBoots, Walltimes
 from .simulate import Scenario, simulate
@@ -32,8 +33,12 @@ TASK_SPREAD = 0.05
 PLATFORM_SPREAD = 0.15
 """Standard deviation of ln(sum of real walltimes / sum of estimates) between platforms."""
 
+ESTIMATE_SPREAD = 0.5
+"""The same where the history does not know the tasks: users' estimates were off by up to 5 times."""
+
 CORRECTION_SPREAD = 0.5
-"""How sure a correction for concurrency is: its standard deviation, as a share of itself."""
+"""Standard deviation of a correction (for tasks running, or VMs booting at once) as a share of itself:
+it may not be needed at all, or be twice as large."""
 
 _PILOTS = 4
 _PRIOR_RUNS = 3
@@ -81,6 +86,20 @@ class PastRun:
         """Tasks running at once, on average."""
         return sum(task.real for task in self.tasks.tasks) / self.makespan
 
+    def scaled(self, factor: float) -> PastRun:
+        """The run as on a platform where everything but boots takes `factor` times as long."""
+        tasks = tuple(
+            replace(
+                task,
+                real=task.real * factor,
+                computing=None if task.computing is None else task.computing * factor,
+            )
+            for task in self.tasks.tasks
+        )
+        return replace(
+            self, tasks=replace(self.tasks, tasks=tasks), makespan=self.makespan * factor
+        )
+
 
 @dataclass(frozen=True)
 class Contention:
@@ -102,9 +121,9 @@ class Contention:
 class Knowledge:
     """What earlier runs have shown.
 
-    `tasks` are real walltimes (s) by name and estimate. `rescaled`: the history is of another platform.
-    It tells which tasks are longer than others; their sum is taken from the user's estimates, which
-    proved nearer than what another platform's machines took. `spread` is the standard deviation of
+    `tasks` are real walltimes (s) by name and estimate. `trust` in what they sum up to: 1 when the
+    history is of the same platform. With 0 the history only tells which tasks are longer than others,
+    and the sum is taken from the user's estimates. `spread` is the standard deviation of
     ln(sum of walltimes) between runs; `deviations` are samples of ln(real / expected) of single tasks.
     """
 
@@ -113,22 +132,23 @@ class Knowledge:
     lags: Sequence[float] = (0.0,)
     tasks: Mapping[tuple[str, float], float] = field(default_factory=dict)
     contention: Contention = field(default_factory=Contention)
-    rescaled: bool = False
+    trust: float = 1.0
     spread: float = RUN_SPREAD
     deviations: Sequence[float] = ()
 
     @classmethod
-    def of(cls, runs: Iterable[PastRun], boots: LinearBoots, rescaled: bool = False) -> Knowledge:
+    def of(cls, runs: Iterable[PastRun], boots: LinearBoots, trust: float = 1.0) -> Knowledge:
         """What `runs` teach for a run whose boots `boots` predicts."""
         past = list(runs)
         tasks = _medians(past)
-        known = cls(boots=LearnedBoots(boots), tasks=tasks, rescaled=rescaled)
+        known = cls(boots=LearnedBoots(boots), tasks=tasks, trust=trust)
         for run in past:
             for task in run.tasks.tasks:
                 known.walltimes.learn(rule_of(task.name), task.predicted, task.real)
             for booting, boot in enumerate(run.tasks.boots):
                 miss = boot.seconds - run.boots.predict(booting)
-                known.boots.learn(boots.predict(booting) + miss, booting)
+                alike = booting if trust == 1.0 else 0
+                known.boots.learn(boots.predict(alike) + miss, alike)
         known.lags = [boot.lag for run in past for boot in run.tasks.boots] or (0.0,)
         known.contention = _contention(past, tasks)
         known.spread = _run_spread(_levels(past, tasks))
@@ -140,29 +160,39 @@ class Knowledge:
         walltimes = [self._alone(task) for task in tasks.tasks]
         factor = self.contention.factor(concurrency)
         estimated = sum(task.predicted for task in tasks.tasks)
-        if self.rescaled and sum(walltimes) > 0 and estimated > 0:
-            factor = estimated / sum(walltimes)
+        if self.trust < 1.0 and estimated > 0:
+            bias = max(_SHORTEST, sum(walltimes)) / estimated
+            factor = (bias * factor) ** self.trust / bias
         return [max(_SHORTEST, walltime * factor) for walltime in walltimes]
 
-    def uncertainty(self, concurrency: float) -> float:
+    def uncertainty(self, tasks: TaskList, concurrency: float) -> float:
         """Standard deviation of ln(sum of real walltimes / sum of expected ones)."""
-        correction = CORRECTION_SPREAD * math.log(self.contention.factor(concurrency))
-        platform = PLATFORM_SPREAD if self.rescaled or not self.tasks else 0.0
+        correction = CORRECTION_SPREAD * self.trust * math.log(self.contention.factor(concurrency))
+        if not any(_key(task) in self.tasks for task in tasks.tasks):
+            platform = ESTIMATE_SPREAD
+        else:
+            platform = PLATFORM_SPREAD if self.trust < 1.0 else 0.0
         return math.hypot(self.spread, correction, platform)
 
     def deviation(self, task: RecordedTask, chance: random.Random) -> float:
         """A draw of ln(real / expected) of one task; sums stay unbiased."""
-        if (task.name, task.predicted) not in self.tasks:
+        if _key(task) not in self.tasks:
             return _gauss(self.walltimes.spread(rule_of(task.name)), chance)
         if self.deviations:
             return chance.choice(self.deviations)
         return _gauss(TASK_SPREAD, chance)
 
     def _alone(self, task: RecordedTask) -> float:
-        before = self.tasks.get((task.name, task.predicted))
+        before = self.tasks.get(_key(task))
         if before is not None:
             return before
         return self.walltimes.expected(rule_of(task.name), task.predicted)
+
+
+def _key(task: RecordedTask) -> tuple[str, float]:
+    """The same name with another estimate is another task: lists of one use case differ in how work is
+    cut into tasks."""
+    return task.name, task.predicted
 
 
 def rule_of(name: str) -> str:
@@ -182,7 +212,7 @@ def forecast(
     """Makespan and cost of running `tasks`, of which only what the user submitted is used."""
     chance = random.Random(seed)
     draws = _Draws(tasks, scenario, knowledge)
-    outcomes = [simulate(draws.next(chance), scenario) for _ in range(max(2, iterations))]
+    outcomes = [simulate(drawn, scenario) for drawn in draws.all(max(2, iterations), chance)]
     return Forecast(
         Interval.of([outcome.makespan for outcome in outcomes]),
         Interval.of([float(outcome.units) for outcome in outcomes]),
@@ -199,17 +229,24 @@ class _Draws:
         self._vms = min(scenario.max_vms, len(tasks.tasks))
         concurrency = self._concurrency(scenario)
         self._walltimes = knowledge.expected(tasks, concurrency)
-        self._spread = knowledge.uncertainty(concurrency)
+        self._spread = knowledge.uncertainty(tasks, concurrency)
 
-    def next(self, chance: random.Random) -> TaskList:
+    def all(self, number: int, chance: random.Random) -> Iterator[TaskList]:
+        """The factor that the tasks of a run share decides most; its quantiles are taken instead of
+        draws, so that few iterations suffice."""
+        for turn in range(number):
+            shared = self._spread * NormalDist().inv_cdf((turn + 0.5) / number)
+            yield self._one(shared, chance)
+
+    def _one(self, shared: float, chance: random.Random) -> TaskList:
         known = self._knowledge
-        shared = chance.gauss(0.0, self._spread)
+        growth = max(0.0, chance.gauss(1.0, CORRECTION_SPREAD))
         walltimes = [
             walltime * math.exp(shared + known.deviation(task, chance))
             for task, walltime in zip(self._tasks.tasks, self._walltimes, strict=True)
         ]
         boots = [
-            RecordedBoot(known.boots.draw(booting, chance), lag=chance.choice(known.lags))
+            RecordedBoot(known.boots.draw(booting, chance, growth), lag=chance.choice(known.lags))
             for booting in range(self._vms)
         ]
         return _played(self._tasks, walltimes, boots)
@@ -219,7 +256,7 @@ class _Draws:
         agree, going half of the way each time."""
         known = self._knowledge
         concurrency = known.contention.concurrency
-        if not known.contention.share:
+        if not known.contention.share or not known.trust:
             return concurrency
         lag = statistics.median(known.lags)
         boots = [RecordedBoot(known.boots.expected(n), lag=lag) for n in range(self._vms)]
@@ -248,7 +285,7 @@ def _medians(runs: Sequence[PastRun]) -> dict[tuple[str, float], float]:
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
     for run in runs:
         for task in run.tasks.tasks:
-            found[task.name, task.predicted].append(task.real)
+            found[_key(task)].append(task.real)
     return {key: max(_SHORTEST, statistics.median(values)) for key, values in found.items()}
 
 
@@ -258,7 +295,7 @@ def _contention(runs: Sequence[PastRun], tasks: Mapping[tuple[str, float], float
     typical = estimated = computing = concurrency = 0.0
     for run in runs:
         for task in run.tasks.tasks:
-            walltime = tasks[task.name, task.predicted]
+            walltime = tasks[_key(task)]
             typical += walltime
             estimated += task.predicted
             computing += walltime if task.computing is None else task.computing
@@ -274,7 +311,7 @@ def _levels(runs: Sequence[PastRun], tasks: Mapping[tuple[str, float], float]) -
     return [
         math.log(
             max(_SHORTEST, sum(task.real for task in run.tasks.tasks))
-            / sum(tasks[task.name, task.predicted] for task in run.tasks.tasks)
+            / sum(tasks[_key(task)] for task in run.tasks.tasks)
         )
         for run in runs
     ]
@@ -290,10 +327,10 @@ def _run_spread(levels: Sequence[float]) -> float:
 
 def _deviations(runs: Sequence[PastRun], tasks: Mapping[tuple[str, float], float]) -> list[float]:
     """ln(real / typical walltime) of every task that ran in two runs or more."""
-    times = Counter((task.name, task.predicted) for run in runs for task in run.tasks.tasks)
+    times = Counter(_key(task) for run in runs for task in run.tasks.tasks)
     return [
-        math.log(max(_SHORTEST, task.real) / tasks[task.name, task.predicted])
+        math.log(max(_SHORTEST, task.real) / tasks[_key(task)])
         for run in runs
         for task in run.tasks.tasks
-        if times[task.name, task.predicted] > 1
+        if times[_key(task)] > 1
     ]

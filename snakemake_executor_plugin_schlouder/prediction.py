@@ -74,11 +74,13 @@ class LearnedBoots:
         self._misses: deque[float] = deque(maxlen=_LATEST_BOOTS)
         self._correction: float | None = 0.0
         self._longest = 0.0
+        self._most_booting = 0
 
     def learn(self, seconds: float, booting: int = 0) -> None:
         """A boot took `seconds`; `booting` others booted when it was requested."""
         self._misses.append(seconds - self._rule.predict(booting))
         self._longest = max(self._longest, seconds)
+        self._most_booting = max(self._most_booting, booting)
         self._correction = None
 
     def predict(self, booting: int) -> float:
@@ -93,10 +95,13 @@ class LearnedBoots:
             self._correction = statistics.median(self._misses)
         return max(_SHORTEST_BOOT, self._rule.predict(booting) + self._correction)
 
-    def draw(self, booting: int, chance: random.Random) -> float:
-        """A boot as it may turn out around what is expected."""
+    def draw(self, booting: int, chance: random.Random, growth: float = 1.0) -> float:
+        """A boot as it may turn out around what is expected. `growth` scales what the rule adds for
+        more VMs booting at once than were ever seen to."""
+        seen = self._rule.predict(min(booting, self._most_booting))
+        beyond = self._rule.predict(booting) - seen
         miss = chance.choice(self._misses) if self._misses else 0.0
-        return max(_SHORTEST_BOOT, self._rule.predict(booting) + miss)
+        return max(_SHORTEST_BOOT, seen + growth * beyond + miss)
 
 
 @dataclass
