@@ -11,6 +11,7 @@ forecast, counted from the first submission.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import statistics
@@ -24,6 +25,8 @@ from pathlib import Path
 from bench.rows import Row
 from snakemake_executor_plugin_schlouder import tasklist
 from snakemake_executor_plugin_schlouder.forecast import (
+    PLATFORM_SPREAD,
+    STRATEGY_SPREAD,
     Forecast,
     Interval,
     Knowledge,
@@ -34,7 +37,7 @@ from snakemake_executor_plugin_schlouder.replay import RecordedRun, read_runs
 from snakemake_executor_plugin_schlouder.simulate import Scenario
 from snakemake_executor_plugin_schlouder.tasklist import TaskList
 
-ITERATIONS = int(os.environ.get("FORECAST_ITERATIONS") or 100)
+ITERATIONS = int(os.environ.get("FORECAST_ITERATIONS") or 60)
 MISS = 0.05
 """What an interval may miss: 95 %."""
 
@@ -132,16 +135,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Allowed:
-    """The runs of which a prediction may know; `trust` in what their walltimes sum up to (see Knowledge);
-    `speed`: walltimes expected here / there."""
+    """The runs of which a prediction may know, with `trust` and `doubt` in what their walltimes sum up to
+    (see Knowledge); `speed`: walltimes expected here / there."""
 
     cases: list[Case]
     trust: float
+    doubt: float
     speed: float = 1.0
 
     def knowledge(self, case: Case) -> Knowledge:
         past = [other.past.scaled(self.speed) for other in self.cases]
-        return Knowledge.of(past, case.run.boots, self.trust)
+        return Knowledge.of(past, case.run.boots, self.trust, self.doubt)
 
 
 History = Callable[[Case, Sequence[Case]], Allowed]
@@ -155,7 +159,9 @@ def other_strategy(case: Case, cases: Sequence[Case]) -> Allowed:
         if other.run.usecase == case.run.usecase and other.run.strategy != case.run.strategy
     ]
     here = [other for other in allowed if other.platform == case.platform]
-    return Allowed(here, 1.0) if here else Allowed(_same_storage(case, allowed), 0.0)
+    if here:
+        return Allowed(here, 1.0, STRATEGY_SPREAD)
+    return Allowed(_same_storage(case, allowed), 0.0, math.hypot(PLATFORM_SPREAD, STRATEGY_SPREAD))
 
 
 def other_platforms(case: Case, cases: Sequence[Case]) -> Allowed:
@@ -167,11 +173,13 @@ def other_platforms(case: Case, cases: Sequence[Case]) -> Allowed:
     if not same:
         usecase = [other for other in allowed if other.run.usecase == case.run.usecase]
         related = [other for other in allowed if other.run.application == case.run.application]
-        return Allowed(_same_storage(case, usecase or related), 0.0)
+        return Allowed(_same_storage(case, usecase or related), 0.0, PLATFORM_SPREAD)
     there = _nearest(case.platform, same)
     latest = _nearest(case.platform, allowed)
     speed = _speed(case.run.strategy, allowed, latest, there)
-    return Allowed([other for other in same if other.platform == there], 0.5, speed)
+    return Allowed(
+        [other for other in same if other.platform == there], 0.5, PLATFORM_SPREAD, speed
+    )
 
 
 def _nearest(platform: Platform, cases: Iterable[Case]) -> Platform:

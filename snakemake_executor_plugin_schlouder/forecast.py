@@ -31,10 +31,14 @@ TASK_SPREAD = 0.05
 """Standard deviation of ln(walltime) of a task that runs again, before one was seen twice."""
 
 PLATFORM_SPREAD = 0.15
-"""Standard deviation of ln(sum of real walltimes / sum of estimates) between platforms."""
+"""Standard deviation of ln(sum of real walltimes / sum of estimates) between platforms: the `doubt` in
+a history of other ones."""
+
+STRATEGY_SPREAD = 0.1
+"""The `doubt` in a history of another strategy, beyond the correction for concurrency."""
 
 ESTIMATE_SPREAD = 0.5
-"""The same where the history does not know the tasks: users' estimates were off by up to 5 times."""
+"""The doubt where the history does not know the tasks: users' estimates were off by up to 5 times."""
 
 CORRECTION_SPREAD = 0.5
 """Standard deviation of a correction (for tasks running, or VMs booting at once) as a share of itself:
@@ -123,8 +127,10 @@ class Knowledge:
 
     `tasks` are real walltimes (s) by name and estimate. `trust` in what they sum up to: 1 when the
     history is of the same platform. With 0 the history only tells which tasks are longer than others,
-    and the sum is taken from the user's estimates. `spread` is the standard deviation of
-    ln(sum of walltimes) between runs; `deviations` are samples of ln(real / expected) of single tasks.
+    and the sum is taken from the user's estimates. `doubt` is the standard deviation of
+    ln(sum of real walltimes / sum of expected ones) because the history is of other circumstances,
+    `spread` that between runs in the same ones; `deviations` are samples of ln(real / expected) of
+    single tasks.
     """
 
     walltimes: Walltimes = field(default_factory=Walltimes)
@@ -133,15 +139,18 @@ class Knowledge:
     tasks: Mapping[tuple[str, float], float] = field(default_factory=dict)
     contention: Contention = field(default_factory=Contention)
     trust: float = 1.0
+    doubt: float = 0.0
     spread: float = RUN_SPREAD
     deviations: Sequence[float] = ()
 
     @classmethod
-    def of(cls, runs: Iterable[PastRun], boots: LinearBoots, trust: float = 1.0) -> Knowledge:
+    def of(
+        cls, runs: Iterable[PastRun], boots: LinearBoots, trust: float = 1.0, doubt: float = 0.0
+    ) -> Knowledge:
         """What `runs` teach for a run whose boots `boots` predicts."""
         past = list(runs)
         tasks = _medians(past)
-        known = cls(boots=LearnedBoots(boots), tasks=tasks, trust=trust)
+        known = cls(boots=LearnedBoots(boots), tasks=tasks, trust=trust, doubt=doubt)
         for run in past:
             for task in run.tasks.tasks:
                 known.walltimes.learn(rule_of(task.name), task.predicted, task.real)
@@ -168,11 +177,8 @@ class Knowledge:
     def uncertainty(self, tasks: TaskList, concurrency: float) -> float:
         """Standard deviation of ln(sum of real walltimes / sum of expected ones)."""
         correction = CORRECTION_SPREAD * self.trust * math.log(self.contention.factor(concurrency))
-        if not any(_key(task) in self.tasks for task in tasks.tasks):
-            platform = ESTIMATE_SPREAD
-        else:
-            platform = PLATFORM_SPREAD if self.trust < 1.0 else 0.0
-        return math.hypot(self.spread, correction, platform)
+        known = any(_key(task) in self.tasks for task in tasks.tasks)
+        return math.hypot(self.spread, correction, self.doubt if known else ESTIMATE_SPREAD)
 
     def deviation(self, task: RecordedTask, chance: random.Random) -> float:
         """A draw of ln(real / expected) of one task; sums stay unbiased."""
