@@ -15,7 +15,7 @@ import random
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
@@ -47,6 +47,13 @@ it may not be needed at all, or be twice as large."""
 _PILOTS = 4
 _PRIOR_RUNS = 3
 _SHORTEST = 0.1
+
+
+def rule_of(name: str) -> str:
+    """The rule a task of a task list belongs to: the last word of its name. `a_1.mgf`: mgf;
+    `2mass_h_1x1_project_0_9`: project."""
+    words = re.findall(r"[A-Za-z]+", name)
+    return words[-1] if words else name
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Knowledge:
     and the sum is taken from the user's estimates. `doubt` is the standard deviation of
     ln(sum of real walltimes / sum of expected ones) because the history is of other circumstances,
     `spread` that between runs in the same ones; `deviations` are samples of ln(real / expected) of
-    single tasks.
+    single tasks. `rule_of` gives the rule of a task's name.
     """
 
     walltimes: Walltimes = field(default_factory=Walltimes)
@@ -142,6 +149,7 @@ class Knowledge:
     doubt: float = 0.0
     spread: float = RUN_SPREAD
     deviations: Sequence[float] = ()
+    rule_of: Callable[[str], str] = rule_of
 
     @classmethod
     def of(
@@ -153,7 +161,7 @@ class Knowledge:
         known = cls(boots=LearnedBoots(boots), tasks=tasks, trust=trust, doubt=doubt)
         for run in past:
             for task in run.tasks.tasks:
-                known.walltimes.learn(rule_of(task.name), task.predicted, task.real)
+                known.walltimes.learn(known.rule_of(task.name), task.predicted, task.real)
             for booting, boot in enumerate(run.tasks.boots):
                 miss = boot.seconds - run.boots.predict(booting)
                 alike = booting if trust == 1.0 else 0
@@ -177,13 +185,13 @@ class Knowledge:
     def uncertainty(self, tasks: TaskList, concurrency: float) -> float:
         """Standard deviation of ln(sum of real walltimes / sum of expected ones)."""
         correction = CORRECTION_SPREAD * self.trust * math.log(self.contention.factor(concurrency))
-        known = any(_key(task) in self.tasks for task in tasks.tasks)
-        return math.hypot(self.spread, correction, self.doubt if known else ESTIMATE_SPREAD)
+        doubt = self.doubt if self._knows(tasks) else ESTIMATE_SPREAD
+        return math.hypot(self.spread, correction, doubt)
 
     def deviation(self, task: RecordedTask, chance: random.Random) -> float:
         """A draw of ln(real / expected) of one task; sums stay unbiased."""
         if _key(task) not in self.tasks:
-            return _gauss(self.walltimes.spread(rule_of(task.name)), chance)
+            return _gauss(self.walltimes.spread(self.rule_of(task.name)), chance)
         if self.deviations:
             return chance.choice(self.deviations)
         return _gauss(TASK_SPREAD, chance)
@@ -192,20 +200,21 @@ class Knowledge:
         before = self.tasks.get(_key(task))
         if before is not None:
             return before
-        return self.walltimes.expected(rule_of(task.name), task.predicted)
+        return self.walltimes.expected(self.rule_of(task.name), task.predicted)
+
+    def _knows(self, tasks: TaskList) -> bool:
+        """Whether any of these tasks ran before, or others of its rule on the same platform."""
+        return any(
+            _key(task) in self.tasks
+            or (self.trust == 1.0 and self.walltimes.knows(self.rule_of(task.name)))
+            for task in tasks.tasks
+        )
 
 
 def _key(task: RecordedTask) -> tuple[str, float]:
     """The same name with another estimate is another task: lists of one use case differ in how work is
     cut into tasks."""
     return task.name, task.predicted
-
-
-def rule_of(name: str) -> str:
-    """The rule a task of a task list belongs to: the last word of its name. `a_1.mgf`: mgf;
-    `2mass_h_1x1_project_0_9`: project."""
-    words = re.findall(r"[A-Za-z]+", name)
-    return words[-1] if words else name
 
 
 def forecast(
