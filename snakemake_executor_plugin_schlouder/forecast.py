@@ -157,7 +157,7 @@ class Knowledge:
     ) -> Knowledge:
         """What `runs` teach for a run whose boots `boots` predicts."""
         past = list(runs)
-        tasks = _medians(past)
+        tasks = _typical(past)
         known = cls(boots=LearnedBoots(boots), tasks=tasks, trust=trust, doubt=doubt)
         for run in past:
             for task in run.tasks.tasks:
@@ -295,13 +295,19 @@ def _gauss(spread: float, chance: random.Random) -> float:
     return chance.gauss(-spread * spread / 2, spread)
 
 
-def _medians(runs: Sequence[PastRun]) -> dict[tuple[str, float], float]:
-    """The median walltime of every task: that it hung in one run says nothing about the next one."""
+def _typical(runs: Sequence[PastRun]) -> dict[tuple[str, float], float]:
+    """What tasks took: each in proportion to its median, for that it hung in one run says nothing about
+    the next one; all of them together as much as was measured, for some tasks will hang."""
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
     for run in runs:
         for task in run.tasks.tasks:
             found[_key(task)].append(task.real)
-    return {key: max(_SHORTEST, statistics.median(values)) for key, values in found.items()}
+    medians = {key: max(_SHORTEST, statistics.median(values)) for key, values in found.items()}
+    measured = sum(sum(values) for values in found.values())
+    scale = (
+        measured / sum(medians[key] * len(values) for key, values in found.items()) if found else 1
+    )
+    return {key: max(_SHORTEST, median * scale) for key, median in medians.items()}
 
 
 def _contention(runs: Sequence[PastRun], tasks: Mapping[tuple[str, float], float]) -> Contention:

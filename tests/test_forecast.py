@@ -124,9 +124,17 @@ def test_a_run_side_by_side_predicts_one_after_the_other() -> None:
     assert alone.median == pytest.approx(42 + 500 * (1 + 0.9 / share), rel=0.05)
 
 
-def test_a_task_that_hung_once_is_not_expected_to_hang_again() -> None:
-    runs = [past(batch(100, 100, 100)), past(batch(100, 2000, 100)), past(batch(100, 100, 100))]
-    assert Knowledge.of(runs, BOOTS).expected(SUBMITTED, 1)[:3] == [100, 100, 100]
+def test_tasks_that_hung_in_one_run_keep_their_share_and_hang_as_often_again() -> None:
+    runs = [past(batch(*[100] * 20)), past(batch(*[100] * 19, 2000)), past(batch(*[100] * 20))]
+    known = Knowledge.of(runs, BOOTS)
+    expected = known.expected(runs[0].tasks, runs[0].concurrency)
+    assert expected[0] == expected[19]
+    drawn = [
+        expected[0] * math.exp(known.deviation(runs[0].tasks.tasks[0], random.Random(seed)))
+        for seed in range(1000)
+    ]
+    assert {round(walltime, -1) for walltime in drawn} == {100, 2000}
+    assert sum(drawn) / len(drawn) == pytest.approx(expected[0], rel=0.2)
 
 
 def test_the_cost_is_counted_in_units_and_seconds() -> None:
