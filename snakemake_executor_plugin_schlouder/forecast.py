@@ -10,6 +10,7 @@ of its own.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -95,7 +96,7 @@ class PastRun:
     @property
     def concurrency(self) -> float:
         """Tasks running at once, on average."""
-        return sum(task.real for task in self.tasks.tasks) / self.makespan
+        return sum(task.real for task in self.tasks.tasks) / max(_SHORTEST, self.makespan)
 
     def scaled(self, factor: float) -> PastRun:
         """The run as on a platform where everything but boots takes `factor` times as long."""
@@ -224,10 +225,13 @@ def forecast(
     iterations: int = 500,
     seed: int = 0,
 ) -> Forecast:
-    """Makespan and cost of running `tasks`, of which only what the user submitted is used."""
+    """Makespan and cost of running `tasks`, of which only what the user submitted is used.
+
+    What the predictors of `scenario` learn in one iteration is forgotten before the next.
+    """
     chance = random.Random(seed)
-    draws = _Draws(tasks, scenario, knowledge)
-    outcomes = [simulate(drawn, scenario) for drawn in draws.all(max(2, iterations), chance)]
+    draws = _Draws(tasks, scenario, knowledge).all(max(2, iterations), chance)
+    outcomes = [simulate(drawn, copy.deepcopy(scenario)) for drawn in draws]
     return Forecast(
         Interval.of([outcome.makespan for outcome in outcomes]),
         Interval.of([float(outcome.units) for outcome in outcomes]),
@@ -277,7 +281,8 @@ class _Draws:
         boots = [RecordedBoot(known.boots.expected(n), lag=lag) for n in range(self._vms)]
         for _ in range(_PILOTS):
             walltimes = known.expected(self._tasks, concurrency)
-            outcome = simulate(_played(self._tasks, walltimes, boots), scenario)
+            played = _played(self._tasks, walltimes, boots)
+            outcome = simulate(played, copy.deepcopy(scenario))
             concurrency = math.sqrt(concurrency * sum(walltimes) / outcome.makespan)
         return concurrency
 

@@ -18,7 +18,7 @@ from snakemake_executor_plugin_schlouder.forecast import (
     rule_of,
 )
 from snakemake_executor_plugin_schlouder.model import Billing
-from snakemake_executor_plugin_schlouder.prediction import LinearBoots, Walltimes
+from snakemake_executor_plugin_schlouder.prediction import LinearBoots, MeasuredBoots, Walltimes
 from snakemake_executor_plugin_schlouder.simulate import Scenario, simulate
 from snakemake_executor_plugin_schlouder.tasklist import RecordedBoot, RecordedTask, TaskList
 
@@ -54,6 +54,12 @@ def test_the_same_seed_gives_the_same_forecast() -> None:
 
 def test_real_walltimes_of_the_run_itself_are_not_looked_at() -> None:
     assert predicted(batch(*[999] * 6), BEFORE) == predicted(SUBMITTED, BEFORE)
+
+
+def test_predictors_of_the_scenario_learn_nothing_from_a_forecast() -> None:
+    boots = MeasuredBoots()
+    forecast(SUBMITTED, replace(SCENARIO, boots=boots), BEFORE, iterations=3)
+    assert boots == MeasuredBoots()
 
 
 def test_what_a_task_took_before_is_expected_again() -> None:
