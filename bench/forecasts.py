@@ -176,8 +176,8 @@ def other_platforms(case: Case, cases: Sequence[Case]) -> Allowed:
         usecase = [other for other in allowed if other.run.usecase == case.run.usecase]
         related = [other for other in allowed if other.run.application == case.run.application]
         return Allowed(_same_storage(case, usecase or related), 0.0, PLATFORM_SPREAD)
-    there = _nearest(case.platform, same)
-    latest = _nearest(case.platform, allowed)
+    there = _nearest(case.platform, _same_storage(case, same))
+    latest = _nearest(case.platform, _same_storage(case, allowed))
     speed = _speed(case.run.strategy, allowed, latest, there)
     return Allowed(
         [other for other in same if other.platform == there], 0.5, PLATFORM_SPREAD, speed
