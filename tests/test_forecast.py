@@ -40,7 +40,7 @@ def past(tasks: TaskList, strategy: str = "one-vm-for-all") -> PastRun:
 
 
 def predicted(tasks: TaskList, knowledge: Knowledge, seed: int = 0) -> Forecast:
-    return forecast(tasks, SCENARIO, knowledge, iterations=40, seed=seed)
+    return forecast(tasks, SCENARIO, knowledge, iterations=20, seed=seed)
 
 
 SUBMITTED = batch(*[100] * 6)
