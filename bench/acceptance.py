@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from bench.forecasts import forecast_rows
 from bench.rows import Row, finish
 from snakemake_executor_plugin_schlouder import tasklist
 from snakemake_executor_plugin_schlouder.model import Billing
@@ -95,4 +96,5 @@ def _worst(replays: list[Replay], application: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(finish([*fidelity_rows(), *own_rows()], Path("build/acceptance.json")))
+    rows = [*fidelity_rows(), *own_rows(), *forecast_rows(TRACES)]
+    sys.exit(finish(rows, Path("build/acceptance.json")))

@@ -8,15 +8,14 @@ a run writes it.
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import store
 from .model import VM, SchlouderError, Task
 
 VERSION = 1
@@ -92,9 +91,8 @@ class TaskRecord:
 def journal_path(workdir: Path) -> Path:
     """Where the journal of a workflow directory lives: in the user's state directory, never on the
     workflow's own, possibly shared, file system."""
-    state_home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     digest = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-    return state_home / "schlouder" / digest / "journal.sqlite"
+    return store.state_directory() / digest / "journal.sqlite"
 
 
 class Journal:
@@ -121,16 +119,8 @@ class Journal:
         return _ReadOnlyJournal(path)
 
     def _open(self, path: Path | str) -> sqlite3.Connection:
-        if not isinstance(path, Path):
-            return _opened(path)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            return _opened(path)
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
-            self.set_aside = _moved_aside(path)
-            return _opened(path)
+        db, self.set_aside = store.opened(path, _SCHEMA, VERSION)
+        return db
 
     def close(self) -> None:
         with self._lock:
@@ -223,40 +213,6 @@ class _ReadOnlyJournal(Journal):
                 f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
             )
         return db
-
-
-def _opened(path: Path | str) -> sqlite3.Connection:
-    """A connection to a journal of this version; sqlite3.DatabaseError if it is anything else."""
-    fresh = isinstance(path, str) or not path.exists()
-    if isinstance(path, Path) and fresh:
-        path.touch(mode=0o600)
-    db = sqlite3.connect(path, check_same_thread=False, timeout=30)
-    try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        if version == 0 and not _has_tables(db):
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
-            raise sqlite3.DatabaseError(f"journal version {version}")
-        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("journal is damaged")
-    except sqlite3.DatabaseError:
-        db.close()
-        raise
-    return db
-
-
-def _has_tables(db: sqlite3.Connection) -> bool:
-    return bool(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-
-
-def _moved_aside(path: Path) -> Path:
-    target = path.with_name(f"{path.name}.unreadable-{time.time():.0f}")
-    path.rename(target)
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    return target
 
 
 def _vm_row(run: str, vm: VM) -> tuple[object, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,17 +50,68 @@ class LinearBoots:
         """The rule is given, not learned."""
 
 
+class LearnedBoots:
+    """A given rule, corrected by the boots that were measured.
+
+    What is learned is by how many seconds boots miss the rule; the median of the latest ones corrects
+    it, so that a boot that hung changes nothing.
+    """
+
+    def __init__(self, rule: BootPredictor | None = None) -> None:
+        self._rule = rule or LinearBoots(DEFAULT_BOOT_TIME, 0.0)
+        self._misses: deque[float] = deque(maxlen=_LATEST_BOOTS)
+        self._correction: float | None = 0.0
+        self._longest = 0.0
+        self._most_booting = 0
+
+    def learn(self, seconds: float, booting: int = 0) -> None:
+        """A boot took `seconds`; `booting` others booted when it was requested."""
+        self._misses.append(seconds - self._rule.predict(booting))
+        self._longest = max(self._longest, seconds)
+        self._most_booting = max(self._most_booting, booting)
+        self._correction = None
+
+    def predict(self, booting: int) -> float:
+        """Never beyond the longest boot measured: strategies act on it, and a rule for many boots at
+        once may be far off where the cloud boots them side by side."""
+        expected = self.expected(booting)
+        return min(expected, self._longest) if self._misses else expected
+
+    def expected(self, booting: int) -> float:
+        """The corrected rule alone: also for more VMs booting at once than ever did."""
+        if self._correction is None:
+            self._correction = statistics.median(self._misses)
+        return max(_SHORTEST_BOOT, self._rule.predict(booting) + self._correction)
+
+    def draw(self, booting: int, chance: random.Random, growth: float = 1.0) -> float:
+        """A boot as it may turn out around what is expected. `growth` scales what the rule adds for
+        more VMs booting at once than were ever seen to."""
+        seen = self._rule.predict(min(booting, self._most_booting))
+        beyond = self._rule.predict(booting) - seen
+        miss = chance.choice(self._misses) if self._misses else 0.0
+        return max(_SHORTEST_BOOT, seen + growth * beyond + miss)
+
+
+_LATEST_BOOTS = 200
+_SHORTEST_BOOT = 1.0
+
 PRIOR_SPREAD = 0.1
 """Standard deviation of walltimes nothing is known of, as a share of the estimate."""
 
 _PRIOR_TASKS = 3.0
 _PRIOR_SLOPE = 0.1
 
+_OUTLIER = 5.0
+_HUNG = 20.0
+_FEW = 10
+
 
 @dataclass
 class _Sums:
-    """Over the ended tasks of a rule: count, and sums of estimates x and walltimes y."""
+    """Over the ended tasks of a rule: count, and sums of estimates x and walltimes y. `weight`: of how
+    many tasks with exact estimates the belief in the users is worth."""
 
+    weight: float = 0.0
     n: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -102,14 +155,27 @@ class Walltimes:
     def learn(self, rule: str, estimate: float | None, took: float) -> None:
         """A task of `rule` took `took` s."""
         x = DEFAULT_WALLTIME if estimate is None else estimate
-        for sums in (self._sums.setdefault(rule, _Sums()), self._all):
+        y = self._trimmed(rule, x, took)
+        weight = _PRIOR_TASKS if estimate is not None else 0.0
+        for sums in (self._sums.setdefault(rule, _Sums(weight)), self._all):
             sums.n += 1
             sums.x += x
-            sums.y += took
+            sums.y += y
             sums.xx += x * x
-            sums.xy += x * took
-            sums.yy += took * took
+            sums.xy += x * y
+            sums.yy += y * y
         self._lines.pop(rule, None)
+
+    def _trimmed(self, rule: str, estimate: float, took: float) -> float:
+        """A task that hung says little about the others: it counts as far as it may be noise."""
+        line = self.line(rule)
+        if line is None:
+            return min(took, _HUNG * estimate) if estimate > 0 else took
+        expected = line(estimate)
+        if self._sums[rule].n < _FEW:
+            return min(took, _HUNG * max(expected, estimate, 1.0))
+        reach = _OUTLIER * line.spread(estimate)
+        return min(expected + reach, max(expected - reach, took))
 
     def line(self, rule: str) -> Line | None:
         """From estimate to walltime; None before anything was learned."""
@@ -122,6 +188,17 @@ class Walltimes:
         x = DEFAULT_WALLTIME if estimate is None else estimate
         line = self.line(rule)
         return x if line is None else line(x)
+
+    def knows(self, rule: str) -> bool:
+        return rule in self._sums
+
+    def spread(self, rule: str) -> float:
+        """Standard deviation of the walltimes of `rule` around what is expected, as a share of it."""
+        line = self.line(rule)
+        if line is None:
+            return PRIOR_SPREAD
+        mean = self._sums[rule].x / self._sums[rule].n
+        return line.noise / line(mean) if line(mean) else PRIOR_SPREAD
 
     @property
     def learned(self) -> float:
@@ -140,10 +217,10 @@ class Walltimes:
 
 def _fitted(sums: _Sums) -> Line:
     x = sums.x / sums.n
-    slope = _PRIOR_SLOPE * sums.xx / sums.n
-    a11, a12 = sums.n + _PRIOR_TASKS, sums.x + _PRIOR_TASKS * x
-    a22 = sums.xx + _PRIOR_TASKS * x * x + slope
-    b1, b2 = sums.y + _PRIOR_TASKS * x, sums.xy + _PRIOR_TASKS * x * x + slope
+    slope = max(1.0, _PRIOR_SLOPE * sums.xx / sums.n)
+    a11, a12 = sums.n + sums.weight, sums.x + sums.weight * x
+    a22 = sums.xx + sums.weight * x * x + slope
+    b1, b2 = sums.y + sums.weight * x, sums.xy + sums.weight * x * x + slope
     det = a11 * a22 - a12 * a12
     offset = (a22 * b1 - a12 * b2) / det
     factor = max(0.1, (a11 * b2 - a12 * b1) / det)

@@ -5,8 +5,10 @@
     [tasks]
     name submission walltime_prediction [~ real_walltime] [more numbers] [-> dep1 dep2 ...]
 
-Blank lines mean nothing. Without `~` the prediction was exact. What follows the walltimes (run time,
-bytes, management time) is contained in the real walltime and not used.
+    more numbers: [real_runtime] [in_bytes out_bytes [management_time]]
+
+Blank lines mean nothing. Without `~` the prediction was exact. The run time (without transfers and
+management) is contained in the real walltime; bytes and management time are not used.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ class RecordedBoot:
 
 @dataclass(frozen=True)
 class RecordedTask:
-    """`submission` is a date, `predicted` the user's estimate, `real` what it took; all in seconds."""
+    """`submission` is a date, `predicted` the user's estimate, `real` what it took, `computing` the part
+    of it without transfers, where that was recorded; all in seconds."""
 
     name: str
     submission: float
     predicted: float
     real: float
     after: tuple[str, ...] = ()
+    computing: float | None = None
 
     @functools.cached_property
     def rule(self) -> str:
@@ -105,12 +109,13 @@ def _task(words: list[str], where: str) -> RecordedTask:
             f"{where}: expected: name submission walltime_prediction [~ real_walltime] ..."
         )
     submission, predicted = _seconds(words[1], where), _seconds(words[2], where)
-    real = predicted
-    if words[3:4] == ["~"]:
-        if len(words) < 5:
+    real, more = predicted, words[3:]
+    if more[:1] == ["~"]:
+        if len(more) < 2:
             raise SchlouderError(f"{where}: expected the real walltime behind ~")
-        real = _seconds(words[4], where)
-    return RecordedTask(words[0], submission, predicted, real, after)
+        real, more = _seconds(more[1], where), more[2:]
+    computing = _seconds(more[0], where) if more else None
+    return RecordedTask(words[0], submission, predicted, real, after, computing)
 
 
 def _seconds(word: str, where: str) -> float:

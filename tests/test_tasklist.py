@@ -31,9 +31,9 @@ def test_boots_and_tasks_are_read(tmp_path: Path) -> None:
     tasks = read(written(tmp_path, LIST))
     assert tasks.boots == (RecordedBoot(46, 10, 2), RecordedBoot(45))
     assert tasks.tasks == (
-        RecordedTask("a.mgf", 0, 561, 548),
+        RecordedTask("a.mgf", 0, 561, 548, (), 543),
         RecordedTask("b", 1.5, 20, 20),
-        RecordedTask("c", 2, 30, 31, ("a.mgf", "b")),
+        RecordedTask("c", 2, 30, 31, ("a.mgf", "b"), 29),
     )
 
 
