@@ -31,7 +31,7 @@ from .model import (
 )
 from .planning import Planner
 from .pool import Announcement, Goal
-from .prediction import BootPredictor, MeasuredBoots, Walltimes
+from .prediction import BootPredictor, LearnedBoots, Walltimes
 from .provision import (
     Cloud,
     CloudUnavailable,
@@ -93,6 +93,7 @@ class BrokerConfig:
     boot_timeout: float
     describe_every: float = 3.0
     goal: Goal = field(default_factory=Goal)
+    sharing: bool = True
     order: str = order.SUBMISSION
 
     @property
@@ -154,7 +155,7 @@ class Broker:
         self._log = log
         self._clock = clock
         self._sleep = sleep
-        self._boots = boots or MeasuredBoots()
+        self._boots = boots or LearnedBoots()
         self._walltimes = walltimes or Walltimes()
         self._witness = witness
         self._revoke = revoke
@@ -168,6 +169,7 @@ class Broker:
             self._walltimes,
             self._new_vm,
             config.goal,
+            config.sharing,
             config.order,
         )
         self._waiting: list[Task] = []
@@ -278,7 +280,9 @@ class Broker:
 
     def _take_inbox(self) -> None:
         count = len(self._inbox)
-        self._waiting.extend(self._inbox[:count])
+        for task in self._inbox[:count]:
+            self._planner.has_come(task)
+            self._waiting.append(task)
         del self._inbox[:count]
 
     def _observe_cluster(self) -> ClusterView | None:
@@ -357,7 +361,7 @@ class Broker:
         if node is not None and node.accepts_jobs:
             vm.ready, vm.idle_since = now, now
             self._move(vm, VMState.READY)
-            self._boots.learn(now - vm.requested)
+            self._boots.learn(now - vm.requested, vm.beside)
             self._boot_failures = 0
             self._note(vm, f"ready after {now - vm.requested:.0f} s")
         elif node is not None and (node.state.startswith("drain") or node.state == "inval"):

@@ -7,6 +7,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from snakemake_executor_plugin_schlouder.pool import Goal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +63,12 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument("--margin", type=float, default=50.0, metavar="S", help="default: 50")
     simulate.add_argument(
         "--boot-seconds", type=float, default=60.0, metavar="S", help="default: 60"
+    )
+    simulate.add_argument(
+        "--deadline", metavar="TIME", help="from the start (2h), for the strategy deadline"
+    )
+    simulate.add_argument(
+        "--budget", metavar="TIME", help="billed VM time (12h), for the strategy budget"
     )
     simulate.add_argument("--price", type=float, metavar="USD", help="of one VM for an hour")
     simulate.set_defaults(action=_simulate)
@@ -131,11 +141,14 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
     try:
         tasks = tasklist.read(arguments.tasks)
-        names = arguments.strategy or strategies.known()
+        goal = _goal(arguments)
+        names = arguments.strategy or [name for name in strategies.known() if goal.allows(name)]
         billing = Billing(arguments.btu, arguments.min_charge, arguments.margin)
         boots = LinearBoots(arguments.boot_seconds, 0.0)
         scenarios = [
-            simulate.Scenario(name, arguments.max_vms, billing, boots, order=arguments.order)
+            simulate.Scenario(
+                name, arguments.max_vms, billing, boots, goal=goal, order=arguments.order
+            )
             for name in names
         ]
         outcomes = {scenario.strategy: simulate.simulate(tasks, scenario) for scenario in scenarios}
@@ -143,6 +156,18 @@ def _simulate(arguments: argparse.Namespace) -> int:
         return _fail(error)
     report.show_table(report.outcome_table(outcomes, arguments.price))
     return 0
+
+
+def _goal(arguments: argparse.Namespace) -> Goal:
+    from snakemake_executor_plugin_schlouder.pool import Goal
+    from snakemake_executor_plugin_schlouder.settings import seconds
+
+    given = {
+        name: seconds(f"--{name}", getattr(arguments, name))
+        for name in ("deadline", "budget")
+        if getattr(arguments, name) is not None
+    }
+    return Goal(**given)
 
 
 def _replay(arguments: argparse.Namespace) -> int:

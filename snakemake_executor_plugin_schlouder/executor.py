@@ -28,10 +28,12 @@ from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterf
 
 from .broker import Broker, BrokerConfig
 from .dag import Dag
+from .history import Boot, History, Walltime, history_path
 from .journal import Journal, RunRecord, journal_path
-from .model import DEFAULT_WALLTIME, InstanceType, SchlouderError, Task, TaskState
+from .model import InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
 from .pool import Announcement
+from .prediction import Walltimes
 from .provision import Ec2Settings, Join, connect
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm.cli import SlurmCommands
@@ -54,6 +56,10 @@ class Executor(RemoteExecutor):
         self._wake = threading.Event()
         self._broker: Broker | None = None
         self._journal: Journal | None = None
+        self._history: History | None = None
+        self._walltimes = Walltimes()
+        self._complete: list[Task] = []
+        self._region = ""
         self._ended: dict[str, Task] = {}
         self._dropped = 0
         self._reported = False
@@ -149,6 +155,7 @@ class Executor(RemoteExecutor):
         try:
             self._broker.release()
             self._journal.end_run(self._run, time.time())
+            self._keep_history()
         except Exception as error:
             self.logger.error(
                 f"schlouder: not everything could be given back: {error!r}. Look for instances "
@@ -186,10 +193,23 @@ class Executor(RemoteExecutor):
             max_vms=config.max_vms,
             billing=config.billing,
             boot_timeout=config.boot_timeout,
+            goal=config.goal,
+            sharing=config.sharing,
             order=config.order,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
-        self._broker = Broker(broker_config, cloud, cluster, self._journal, self.logger)
+        self._history = self._open_history()
+        self._walltimes = self._history.walltimes()
+        self._broker = Broker(
+            broker_config,
+            cloud,
+            cluster,
+            self._journal,
+            self.logger,
+            boots=self._history.boots(types[0].name),
+            walltimes=self._walltimes,
+        )
+        self._region = cloud.region
         self._broker.expect(self._announcements(jobs))
         atexit.register(self._give_back)
         self._handle_signals()
@@ -217,6 +237,41 @@ class Executor(RemoteExecutor):
         )
         return journal
 
+    def _open_history(self) -> History:
+        """What earlier runs took; without it predictions begin anew, and the run goes on."""
+        path = history_path()
+        try:
+            history = History(path)
+        except SchlouderError as error:
+            self.logger.warning(f"{error}; nothing is learned from this run")
+            return History(":memory:")
+        if history.set_aside is not None:
+            self.logger.warning(
+                f"The history {path} could not be read; it was moved to {history.set_aside} "
+                "and a new one begun."
+            )
+        return history
+
+    def _keep_history(self) -> None:
+        """What this run has shown, for the next ones."""
+        if self._broker is None or self._history is None:
+            return
+        vms = {vm.name: vm for vm in self._broker.vms()}
+        self._history.add(
+            [
+                Walltime(t.rule, t.strategy, vms[t.vm].type.name, t.planned, took, t.ended or 0.0)
+                for t in self._complete
+                if t.vm in vms and (took := t.took) is not None
+            ],
+            [
+                Boot(vm.type.name, self._region, vm.boot_time, vm.beside, vm.requested)
+                for vm in vms.values()
+                if vm.boot_time is not None
+            ],
+        )
+        self._history.close()
+        self._history = None
+
     @property
     def _workdir(self) -> Path:
         return Path(self.workflow.workdir_init).resolve()
@@ -233,10 +288,17 @@ class Executor(RemoteExecutor):
 
     def _walltime(self, job: Any) -> float:
         try:
-            planned = self._settings(job).planned
+            planned = self._planned(_file_name(job.name), self._settings(job))
         except SchlouderError:
             planned = None
-        return DEFAULT_WALLTIME if planned is None else planned
+        return self._walltimes.expected(_file_name(job.name), planned)
+
+    def _planned(self, rule: str, settings: RuleSettings) -> float | None:
+        """What the user says a job takes. `runtime` is a limit and only counts where nothing better is
+        known: neither schlouder_walltime nor earlier jobs of the rule."""
+        if settings.planned is not None or self._walltimes.knows(rule):
+            return settings.planned
+        return settings.limit
 
     def _rules(self, jobs: list[Any]) -> list[tuple[str, RuleSettings]]:
         """What the jobs ask for, once for each rule and demand; all wrong resources in one error."""
@@ -253,7 +315,9 @@ class Executor(RemoteExecutor):
 
     def _announcements(self, jobs: list[Any]) -> list[Announcement]:
         settings = [(_file_name(job.name), self._settings(job)) for job in jobs]
-        return [Announcement(s.strategy, rule, s.need, s.planned) for rule, s in settings]
+        return [
+            Announcement(s.strategy, rule, s.need, self._planned(rule, s)) for rule, s in settings
+        ]
 
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())
@@ -274,7 +338,7 @@ class Executor(RemoteExecutor):
             command=self.format_job_exec(job),
             ends_run=self._ends_run(job),
             limit=settings.limit,
-            planned=settings.planned,
+            planned=self._planned(_file_name(job.name), settings),
         )
         self._places.note(job, task)
         return task
@@ -327,7 +391,9 @@ class Executor(RemoteExecutor):
         if self._broker is None:
             return
         try:
-            self._ended.update({task.key: task for task in self._broker.tick()})
+            ended = self._broker.tick()
+            self._ended.update({task.key: task for task in ended})
+            self._complete += [task for task in ended if task.state == TaskState.COMPLETE]
             self._failed_rounds = 0
         except Exception as error:
             self._failed_rounds += 1

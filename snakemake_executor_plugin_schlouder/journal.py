@@ -242,7 +242,7 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         task.need.cpus,
         task.need.memory,
         task.limit,
-        task.planned,
+        task.expected if task.planned is None else task.planned,
         task.state.value,
         task.received,
         task.started,

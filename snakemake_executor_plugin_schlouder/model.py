@@ -173,6 +173,11 @@ class Task:
         return f"{self.key}.{self.attempt}"
 
     @property
+    def took(self) -> float | None:
+        """Seconds it really ran."""
+        return None if self.started is None or self.ended is None else self.ended - self.started
+
+    @property
     def walltime(self) -> float:
         """Seconds it is taken to run."""
         if self.expected is not None:
@@ -185,11 +190,11 @@ class VM:
     """One rented machine, which is one Slurm node; `name` is the node's name.
 
     `requested` is when it was asked for, `meter` when the provider's meter started (if it has said so),
-    `boot_planned` the predicted seconds from request to ready. `queue` holds what is planned for it,
-    `active` what Slurm was given (by task key). `free_at` is the date at which all of it should be done,
-    `unstarted` the seconds of it that have not begun. `ending` is set
-    once the cloud itself says that the machine is on its way out, from when it costs nothing more;
-    `node_deleted` once Slurm has no record of it any more.
+    `boot_planned` the predicted seconds from request to ready, `beside` how many others booted then.
+    `queue` holds what is planned for it, `active` what Slurm was given (by task key). `free_at` is the
+    date at which all of it should be done, `unstarted` the seconds of it that have not begun. `ending`
+    is set once the cloud itself says that the machine is on its way out, from when it costs nothing
+    more; `node_deleted` once Slurm has no record of it any more.
     """
 
     name: str
@@ -198,6 +203,7 @@ class VM:
     token: str
     requested: float
     boot_planned: float = DEFAULT_BOOT_TIME
+    beside: int = 0
     meter: float | None = None
     state: VMState = VMState.PLANNED
     instance_id: str | None = None

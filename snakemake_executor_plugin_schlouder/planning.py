@@ -42,6 +42,7 @@ class Planner:
         walltimes: Walltimes,
         new_vm: Callable[[str, InstanceType, float], VM],
         goal: Goal,
+        sharing: bool = True,
         order: str = order.SUBMISSION,
     ) -> None:
         self._types = types
@@ -50,6 +51,7 @@ class Planner:
         self._walltimes = walltimes
         self._new_vm = new_vm
         self._goal = goal
+        self._sharing = sharing
         self._order = order
         self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, set[Need]] = {}
@@ -69,6 +71,10 @@ class Planner:
 
     def _future_of(self, strategy: str) -> Future:
         return self._futures.setdefault(strategy, Future(self._walltimes))
+
+    def has_come(self, task: Task) -> None:
+        """A task was handed over for the first time."""
+        self._future_of(task.strategy).has_come(task)
 
     def changed(self, vm: VM) -> None:
         """What `vm` does, or is to do, has changed."""
@@ -140,12 +146,14 @@ class Planner:
         `refusal`: why none can be, if that is for good."""
         round_ = _Round(now, room, refusal)
         for task in self._in_order(waiting):
-            self._future_of(task.strategy).has_come(task)
             pool = self._pool_for(task)
             if pool is None:
                 reason = too_big(f"rule {task.rule}", task.need, self._types)
                 round_.plan.failed.append((task, reason))
-            elif isinstance(pool.strategy, strategies.Pooled):
+                continue
+            if not self._sharing:
+                task.need = Need(pool.kind.cpus, pool.kind.node_memory)
+            if isinstance(pool.strategy, strategies.Pooled):
                 self._keep(task, pool)
             else:
                 self._place(task, pool, round_)
@@ -282,6 +290,7 @@ class Planner:
 
     def _start(self, pool: Pool, round_: _Round) -> VM:
         vm = self._new_vm(pool.strategy.name, pool.kind, pool.fleet.boot_time)
+        vm.beside = len(self._booting)
         self._booting.add(vm.name)
         self._pool_of[vm.name] = pool
         pool.fleet.add(vm)

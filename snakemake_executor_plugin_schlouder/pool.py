@@ -173,6 +173,11 @@ class Goal:
     deadline: float = math.inf
     budget: float = math.inf
 
+    def allows(self, strategy: str) -> bool:
+        """Whether what the strategy of this name lives by is given."""
+        needed = {"deadline": self.deadline, "budget": self.budget}
+        return needed.get(strategy, 0.0) < math.inf
+
 
 @dataclass
 class Pool:

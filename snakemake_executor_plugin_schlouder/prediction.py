@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from .model import DEFAULT_BOOT_TIME, DEFAULT_WALLTIME
@@ -17,22 +17,9 @@ class BootPredictor(Protocol):
         """Seconds from request to ready of a VM requested now, while `booting` others boot."""
         ...
 
-    def learn(self, seconds: float) -> None:
-        """A boot was measured."""
+    def learn(self, seconds: float, booting: int = 0) -> None:
+        """A boot took `seconds`; `booting` others booted when it was requested."""
         ...
-
-
-@dataclass
-class MeasuredBoots:
-    """The median of the boots measured so far."""
-
-    _boots: list[float] = field(default_factory=list)
-
-    def predict(self, booting: int) -> float:
-        return statistics.median(self._boots) if self._boots else DEFAULT_BOOT_TIME
-
-    def learn(self, seconds: float) -> None:
-        self._boots.append(seconds)
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class LinearBoots:
     def predict(self, booting: int) -> float:
         return float(round(self.base + self.step * (booting + 1)))
 
-    def learn(self, seconds: float) -> None:
+    def learn(self, seconds: float, booting: int = 0) -> None:
         """The rule is given, not learned."""
 
 

@@ -5,14 +5,17 @@ only plain types and `Optional[...]`, never `X | None` or strings.
 """
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Optional
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
 from .model import Billing, Need, SchlouderError
+from .pool import Goal
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -24,7 +27,7 @@ class ExecutorSettings(ExecutorSettingsBase):
     """What a user can set, as given; `validated` turns it into a `Config`."""
 
     strategy: Optional[str] = field(
-        default="one-vm-per-job",
+        default="fastest",
         metadata=_setting(
             "How many VMs to start and which job goes to which: "
             f"{', '.join(strategies.known())}, or your own as module:Class. "
@@ -39,6 +42,28 @@ class ExecutorSettings(ExecutorSettingsBase):
             "longest way to the workflow's end first). The strategies start-par-* and all-par-* have "
             "their own; cheapest and fastest pick the longest job.",
             metavar="ORDER",
+        ),
+    )
+    deadline: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "For the strategy deadline: by when everything is to be done, as a time from now (2h) or a "
+            "date (2030-12-31T18:00).",
+            metavar="WHEN",
+        ),
+    )
+    budget: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "For the strategy budget: billed VM time the whole run may cost, such as 12h.",
+            metavar="TIME",
+        ),
+    )
+    sharing: Optional[str] = field(
+        default="on",
+        metadata=_setting(
+            "Whether jobs run side by side on a VM as far as its CPUs and memory allow: on or off.",
+            metavar="on|off",
         ),
     )
     max_vms: Optional[int] = field(
@@ -125,6 +150,8 @@ class Config:
 
     strategy: str
     order: str
+    goal: Goal
+    sharing: bool
     max_vms: int
     billing: Billing
     instance_types: tuple[str, ...]
@@ -141,7 +168,8 @@ class Config:
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What the resources of one job say. `limit` (runtime) and `planned` in seconds, None if not given."""
+    """What the resources of one job say. `limit` (runtime) and `planned` (schlouder_walltime) in
+    seconds, None if not given."""
 
     strategy: str
     need: Need
@@ -152,10 +180,13 @@ class RuleSettings:
 def validated(settings: ExecutorSettings) -> Config:
     """The settings as a Config; SchlouderError lists everything that is wrong with them at once."""
     problems = [*_wrong_names(settings), *_wrong_numbers(settings)]
+    goal = _goal(settings, problems)
     if problems:
         raise SchlouderError("\n".join(problems))
     return Config(
         strategy=settings.strategy or "",
+        goal=goal,
+        sharing=settings.sharing == "on",
         order=settings.order or "",
         max_vms=settings.max_vms or 0,
         billing=Billing(
@@ -186,34 +217,71 @@ def rule_settings(
     """
     strategy = _known(resources.get("schlouder_strategy")) or config.strategy
     try:
-        strategies.make(strategy)
+        _check_goal(strategy, config.goal)
     except SchlouderError as error:
         raise SchlouderError(f"rule {rule}: schlouder_{error}") from error
     memory = _integer(rule, "mem_mb", _known(resources.get("mem_mb")))
     runtime = _integer(rule, "runtime", _known(resources.get("runtime")))
     limit = None if runtime is None else runtime * 60.0
     walltime = _known(resources.get("schlouder_walltime"))
-    planned = limit if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
+    planned = None if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
     return RuleSettings(strategy, Need(threads, memory or 0), limit, planned)
 
 
-def seconds(setting: str, value: Any) -> float:
+def seconds(setting: str, value: Any, otherwise: str = "") -> float:
     """A duration: a number of seconds, or text such as `70s`, `2m`, `1.5h`, `1d`."""
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
     if found is None or float(found[1]) <= 0:
         raise SchlouderError(
-            f"{setting}: {value!r} is no duration; allowed are positive seconds or text such as 70s, 2m, 1.5h"
+            f"{setting}: {value!r} is no duration; allowed are positive seconds or text such as 70s, 2m, "
+            f"1.5h {otherwise}".rstrip()
         )
     return float(found[1]) * units[found[2]]
 
 
-def _wrong_names(settings: ExecutorSettings) -> list[str]:
-    problems = []
+def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
+    """What the strategies deadline and budget are to keep; adds to `problems` what is wrong with it."""
+    goal = Goal()
     try:
-        strategies.make(settings.strategy or "")
+        goal = Goal(_deadline(settings.deadline), _budget(settings.budget))
+        _check_goal(settings.strategy or "", goal)
     except SchlouderError as error:
         problems.append(f"--schlouder-{error}")
+    return goal
+
+
+def _check_goal(strategy: str, goal: Goal) -> None:
+    """SchlouderError if there is no such strategy, or it lacks the setting of its name."""
+    strategies.make(strategy)
+    if not goal.allows(strategy):
+        raise SchlouderError(f"strategy: {strategy!r} needs --schlouder-{strategy}")
+
+
+def _deadline(text: Optional[str]) -> float:
+    """Seconds since the epoch; infinite if not given."""
+    if text is None:
+        return float("inf")
+    try:
+        date = datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        date = time.time() + seconds("deadline", text, "or a date such as 2030-12-31T18:00")
+    if date <= time.time():
+        raise SchlouderError(f"deadline: {text!r} has already passed; it must be in the future")
+    return date
+
+
+def _budget(text: Optional[str]) -> float:
+    """Billed seconds; infinite if not given."""
+    return float("inf") if text is None else seconds("budget", text)
+
+
+def _wrong_names(settings: ExecutorSettings) -> list[str]:
+    problems = []
+    if settings.sharing not in ("on", "off"):
+        problems.append(
+            f"--schlouder-sharing: {settings.sharing!r} is not allowed; it is on or off"
+        )
     try:
         order.checked(settings.order or "")
     except SchlouderError as error:

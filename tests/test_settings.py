@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings
 from snakemake_executor_plugin_schlouder.model import Billing, Need, SchlouderError
+from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.settings import rule_settings, seconds, validated
 
 
@@ -20,9 +23,9 @@ def given(**values: Any) -> ExecutorSettings:
     return ExecutorSettings(**{"image": "ami-1", **values})
 
 
-def test_the_defaults_are_aws_billing_and_one_vm_per_job() -> None:
+def test_the_defaults_are_aws_billing_and_the_strategy_that_was_measured_best() -> None:
     config = validated(given())
-    assert (config.strategy, config.order) == ("one-vm-per-job", "submission")
+    assert (config.strategy, config.order) == ("fastest", "submission")
     assert config.billing == Billing(1, 60, 50)
     assert config.instance_types == ("m5.large",)
 
@@ -50,6 +53,12 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
             "--schlouder-order: 'size' is unknown; known are submission, rank, level",
         ),
         ({"order": None}, "--schlouder-order: '' is unknown"),
+        ({"strategy": "deadline"}, "--schlouder-strategy: 'deadline' needs --schlouder-deadline"),
+        ({"strategy": "budget"}, "--schlouder-strategy: 'budget' needs --schlouder-budget"),
+        ({"deadline": "soon"}, "--schlouder-deadline: 'soon' is no duration"),
+        ({"deadline": "2020-01-01T12:00"}, "has already passed; it must be in the future"),
+        ({"budget": "-3h"}, "--schlouder-budget: '-3h' is no duration"),
+        ({"sharing": "maybe"}, "--schlouder-sharing: 'maybe' is not allowed; it is on or off"),
         ({"btu": 0.0}, "--schlouder-btu: 0.0 is not allowed; it must be seconds above 0"),
         ({"btu": -1.0}, "--schlouder-btu: -1.0"),
         ({"btu": float("nan")}, "--schlouder-btu: nan"),
@@ -80,12 +89,34 @@ def test_resources_of_a_rule_become_its_demand() -> None:
     rule = rule_settings("search", 2, resources, validated(given()))
     assert rule.need == Need(2, 500)
     assert (rule.limit, rule.planned) == (120.0, 70.0)
-    assert rule.strategy == "one-vm-per-job"
+    assert rule.strategy == "fastest"
 
 
-def test_runtime_is_the_plan_where_no_walltime_is_given() -> None:
-    assert rule_settings("r", 1, {"runtime": 3}, validated(given())).planned == 180.0
-    assert rule_settings("r", 1, {}, validated(given())).planned is None
+def test_runtime_is_a_limit_and_no_estimate() -> None:
+    rule = rule_settings("r", 1, {"runtime": 3}, validated(given()))
+    assert (rule.limit, rule.planned) == (180.0, None)
+
+
+def test_a_deadline_is_a_time_from_now_or_a_date() -> None:
+    soon = validated(given(deadline="2h")).goal.deadline
+    assert soon == pytest.approx(time.time() + 7200, abs=60)
+    date = datetime.now() + timedelta(days=1)
+    assert validated(given(deadline=date.isoformat())).goal.deadline == date.timestamp()
+    assert validated(given()).goal == Goal(float("inf"), float("inf"))
+
+
+def test_a_budget_is_billed_time() -> None:
+    config = validated(given(strategy="budget", budget="1.5h"))
+    assert config.goal.budget == 5400
+
+
+@pytest.mark.parametrize("name", ["deadline", "budget"])
+def test_a_rule_whose_strategy_lacks_its_setting_is_named(name: str) -> None:
+    with pytest.raises(SchlouderError) as caught:
+        rule_settings("search", 1, {"schlouder_strategy": name}, validated(given()))
+    assert f"rule search: schlouder_strategy: '{name}' needs --schlouder-{name}" in str(
+        caught.value
+    )
 
 
 def test_a_rule_chooses_its_own_strategy() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from snakemake_executor_plugin_schlouder import cli, strategies
 from snakemake_executor_plugin_schlouder.model import Billing
-from snakemake_executor_plugin_schlouder.prediction import LinearBoots, MeasuredBoots
+from snakemake_executor_plugin_schlouder.prediction import LearnedBoots, LinearBoots
 from snakemake_executor_plugin_schlouder.replay import read_runs, replay
 from snakemake_executor_plugin_schlouder.simulate import Outcome, Scenario, simulate
 from snakemake_executor_plugin_schlouder.tasklist import RecordedBoot, RecordedTask, TaskList
@@ -126,7 +126,7 @@ def test_recorded_boots_count_in_the_order_of_the_requests() -> None:
 def test_boot_predictors() -> None:
     linear = LinearBoots(52.878, 3.855)
     assert (linear.predict(0), linear.predict(2)) == (57, 64)
-    measured = MeasuredBoots()
+    measured = LearnedBoots()
     assert measured.predict(0) == 60
     for seconds in (10, 20, 90):
         measured.learn(seconds)
@@ -161,6 +161,11 @@ def test_the_commands_print_their_tables(
     assert cli.main(["replay", str(runs)]) == 0
     assert "demo" in capsys.readouterr().out
     assert cli.main(["simulate", str(tmp_path / "small.tasks"), "--price", "3600"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] for line in lines[1:]]
+    assert shown == [name for name in strategies.known() if name not in ("budget", "deadline")]
+    goals = ["--deadline", "2h", "--budget", "3h"]
+    assert cli.main(["simulate", str(tmp_path / "small.tasks"), *goals]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == strategies.known()
 
