@@ -11,8 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+from bench.cells import strategy_rows
 from bench.forecasts import forecast_rows
 from bench.rows import Row, finish
+from bench.scale import scale_rows
 from snakemake_executor_plugin_schlouder import tasklist
 from snakemake_executor_plugin_schlouder.model import Billing
 from snakemake_executor_plugin_schlouder.prediction import LinearBoots
@@ -96,5 +98,11 @@ def _worst(replays: list[Replay], application: str) -> str:
 
 
 if __name__ == "__main__":
-    rows = [*fidelity_rows(), *own_rows(), *forecast_rows(TRACES)]
+    rows = [
+        *fidelity_rows(),
+        *strategy_rows(TRACES),
+        *forecast_rows(TRACES),
+        *scale_rows(),
+        *own_rows(),
+    ]
     sys.exit(finish(rows, Path("build/acceptance.json")))
