@@ -12,6 +12,7 @@ from . import order, strategies
 from .fleet import Fleet
 from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
 from .pool import Announcement, Backlog, Future, Goal, Pool
+from .pooled_strategies import Pooled
 from .prediction import BootPredictor, Walltimes
 
 
@@ -153,12 +154,12 @@ class Planner:
                 continue
             if not self._sharing:
                 task.need = Need(pool.kind.cpus, pool.kind.node_memory)
-            if isinstance(pool.strategy, strategies.Pooled):
+            if isinstance(pool.strategy, Pooled):
                 self._keep(task, pool)
             else:
                 self._place(task, pool, round_)
         for pool in self._pools.values():
-            if isinstance(pool.strategy, strategies.Pooled):
+            if isinstance(pool.strategy, Pooled):
                 self._arrange_safely(pool, round_)
         self._left = len(round_.plan.left)
         return round_.plan
@@ -183,7 +184,7 @@ class Planner:
     def _order_of(self, name: str) -> str:
         """A strategy's own order, else the user's; pooled ones pick their tasks themselves."""
         strategy = self.strategy(name)
-        if isinstance(strategy, strategies.Pooled):
+        if isinstance(strategy, Pooled):
             return order.SUBMISSION
         own: str | None = getattr(strategy, "order", None)
         return own or self._order
@@ -344,8 +345,8 @@ class _Round:
     plan: Plan = field(default_factory=Plan)
 
 
-def _pooled(pool: Pool) -> strategies.Pooled:
-    assert isinstance(pool.strategy, strategies.Pooled)
+def _pooled(pool: Pool) -> Pooled:
+    assert isinstance(pool.strategy, Pooled)
     return pool.strategy
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
-from abc import abstractmethod
-from dataclasses import replace
 from typing import ClassVar, Protocol
 
 from .dag_strategies import (
@@ -21,27 +18,9 @@ from .dag_strategies import (
     StartParNotExceed,
 )
 from .fleet import Fleet
-from .layout import Batch, Layout, Seat
 from .model import VM, SchlouderError, Task
 from .order import is_known as is_known_order
-from .pool import Pool
-
-_NOTICEABLE = 0.04
-"""Share of the remaining time that is worth another VM to `fastest`."""
-
-_CARE = 5.0
-"""How many times the doubt about estimates a deadline is kept clear of: it cannot be bought back."""
-
-_HALVINGS = 8
-
-_LARGE = 1000
-"""Tasks from which on a batch counts as large."""
-
-_RESERVE = 0.02
-"""Share of a budget that plans leave alone."""
-
-_EXTENSIONS = 20
-"""Quanta by which a plan of `cheapest` may be prolonged before it takes whatever VMs it can get."""
+from .pooled_strategies import Budget, Cheapest, Deadline, Fastest
 
 ENTRY_POINTS = "schlouder.strategies"
 """The group under which packages offer strategies of their own."""
@@ -138,177 +117,12 @@ class WorstFit:
         return max(fitting, key=lambda vm: fleet.paid_left(vm, task), default=None)
 
 
-class Pooled:
-    """A strategy that keeps its tasks until a VM has room, so that nothing is final before it runs.
-
-    It lays the rest of the batch out on the VMs there are and could be (`layout.py`), anew whenever
-    tasks have come or a good part of them has gone, with the estimates corrected by what was learned.
-    """
-
-    name: ClassVar[str] = ""
-    reuses_vms: ClassVar[bool] = True
-    one_type: ClassVar[bool] = False
-    counts_on: ClassVar[int] = 0
-    """Of the tasks that were announced and have not come, every how many-th is planned for; 0: none."""
-
-    def __init__(self) -> None:
-        self._stops: dict[str, float] = {}
-        self._unnamed: list[float] = []
-        self._planned_for = 0
-
-    @abstractmethod
-    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        """The plan for what is left of the batch."""
-
-    def choose(self, task: Task, fleet: Fleet) -> VM | None:
-        raise NotImplementedError("its tasks are picked when a VM has room")
-
-    def missing(self, pool: Pool) -> int:
-        """How many VMs are to be started now."""
-        if not (pool.is_stale or self._is_outdated(pool)):
-            return 0
-        batch = _batch(pool, self.counts_on)
-        layout = self.lay_out(batch, pool)
-        self._stops = {seat.name: batch.paid_until(seat, layout) for seat in batch.seats}
-        self._unnamed = [batch.paid_until(seat, layout) for seat in batch.offers[: layout.new]]
-        self._planned_for = len(pool.backlog)
-        pool.is_stale = True
-        return layout.new
-
-    def pick(self, vm: VM, pool: Pool) -> Task | None:
-        """What `vm`, which has room, is to run next: the longest task that ends before its stop."""
-        if vm.name not in self._stops:
-            self._stops[vm.name] = self._unnamed.pop(0) if self._unnamed else math.inf
-        begin = pool.fleet.now if vm.free().cpus > 0 else pool.fleet.idle_at(vm)
-        room = self._stops[vm.name] - begin
-        return pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
-
-    def _is_outdated(self, pool: Pool) -> bool:
-        """A tenth of the batch has gone; of a large one, whose sums are firm and whose layout is
-        long to find, a quarter."""
-        part = 10 if self._planned_for < _LARGE else 4
-        return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // part)
-
-
-class Cheapest(Pooled):
-    """Least cost among the plans that are not slower than afap, which end when VMs filled up to their
-    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come; where
-    tasks take longer than they should, the VMs there are go on."""
-
-    name: ClassVar[str] = "cheapest"
-    counts_on: ClassVar[int] = 2
-    """Too few VMs only cost time, and can still be added; too many cost money."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by = 0.0
-        self._known = 0
-
-    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        if pool.backlog.arrived > self._known:
-            self._known = pool.backlog.arrived
-            self._by = max(self._by, _with_all(batch, pool).filled())
-        elif batch.seats:
-            batch = replace(batch, offers=())
-        quantum = batch.billing.quantum(batch.boot_time)
-        for more in range(_EXTENSIONS):
-            layout = batch.cheapest(self._by + more * quantum)
-            if layout.fits:
-                return layout
-        return batch.fastest()
-
-
-class Fastest(Pooled):
-    """Least makespan, then least cost: a VM that would not end the batch noticeably earlier is not
-    started."""
-
-    name: ClassVar[str] = "fastest"
-
-    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        fastest = batch.fastest(_NOTICEABLE)
-        layout = batch.cheapest(fastest.finish)
-        return layout if layout.fits else fastest
-
-
-class Deadline(Pooled):
-    """The cheapest plan that ends by the deadline, with room for estimates that are too low; without
-    such a plan the fastest."""
-
-    name: ClassVar[str] = "deadline"
-    counts_on: ClassVar[int] = 1
-
-    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        careful = batch.stretched(1 + _CARE * pool.backlog.doubt)
-        by = pool.goal.deadline - pool.backlog.noise - pool.backlog.path
-        layout = careful.cheapest(by)
-        return layout if layout.fits else batch.fastest()
-
-
-class Budget(Pooled):
-    """The fastest plan that costs no more than the budget, with room for estimates that are too low.
-    Without such a plan no VM is added: what is learned while one works may show that there is room."""
-
-    name: ClassVar[str] = "budget"
-    counts_on: ClassVar[int] = 1
-
-    def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        careful = batch.stretched(1 + pool.backlog.doubt)
-        soon, late = careful.fastest(_NOTICEABLE).finish, batch.now + 2 * careful.alone
-        best = careful.cheapest(soon)
-        if self._is_affordable(best, pool):
-            return best
-        best = replace(careful, offers=careful.offers[: 0 if careful.seats else 1]).cheapest(late)
-        for _ in range(_HALVINGS if self._is_affordable(best, pool) else 0):
-            middle = (soon + late) / 2
-            layout = careful.cheapest(middle)
-            if self._is_affordable(layout, pool):
-                best, late = layout, middle
-            else:
-                soon = middle
-        return best
-
-    def _is_affordable(self, layout: Layout, pool: Pool) -> bool:
-        """With something kept in reserve, for a task that is late by seconds may begin a unit."""
-        reserve = pool.fleet.billing.unit + _RESERVE * pool.goal.budget
-        return layout.fits and layout.cost + reserve <= pool.money_left
-
-
 _BUILT_IN: tuple[type[Strategy], ...] = (
     *(OneVMForAll, OneVMPerJob, Asap, Afap, FirstFit, WorstFit),
     *(Cheapest, Fastest, Deadline, Budget),
     *(StartParExceed, StartParNotExceed, AllParExceed, AllParNotExceed, AllPar1LnS),
 )
 _STRATEGIES = {cls.name: cls for cls in _BUILT_IN}
-
-
-def _with_all(batch: Batch, pool: Pool) -> Batch:
-    """With all that is announced, where VMs are filled up to a planning quantum; long units are bought
-    one by one, when the tasks are there."""
-    if batch.has_long_units:
-        return batch
-    lengths = [*batch.lengths, *pool.future.shares(pool.kind.cpus)]
-    return replace(batch, lengths=lengths, width=len(lengths))
-
-
-def _batch(pool: Pool, counts_on: int) -> Batch:
-    """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
-    fleet = pool.fleet
-    seats = [
-        Seat(vm.name, fleet.idle_at(vm), vm.requested if vm.meter is None else vm.meter)
-        for vm in fleet
-    ]
-    announced = len(pool.backlog) + len(pool.future)
-    offers = [
-        Seat(f"new {number}", fleet.now + pool.boot_time(number), fleet.now, True)
-        for number in range(min(pool.room, announced))
-    ]
-    lengths = pool.backlog.shares(pool.kind.cpus)
-    if counts_on == 1 or (counts_on and pool.future.is_known):
-        future = sorted(pool.future.shares(pool.kind.cpus))
-        lengths = sorted([*lengths, *future[::counts_on]], reverse=True)
-    return Batch(
-        fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time, len(pool.backlog)
-    )
 
 
 def known() -> list[str]:
