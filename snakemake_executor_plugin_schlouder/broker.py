@@ -106,11 +106,11 @@ class BrokerConfig:
         """Job logs and exit codes, on the workflow's file system, which the VMs share."""
         return self.workdir / ".snakemake" / "schlouder" / self.run
 
-    def log_file(self, task: Task) -> Path:
-        return Path(f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log")
+    def log_file(self, task: Task) -> str:
+        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log"
 
-    def exit_file(self, task: Task) -> Path:
-        return Path(f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit")
+    def exit_file(self, task: Task) -> str:
+        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit"
 
     @functools.cached_property
     def _files(self) -> str:
@@ -143,11 +143,13 @@ class Broker:
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
         walltimes: Walltimes | None = None,
-        witness: Callable[[Path], int | None] = exit_code,
-        revoke: Callable[[Path], bool] = revoke,
+        witness: Callable[[str], int | None] = exit_code,
+        revoke: Callable[[str], bool] = revoke,
+        script: Callable[[str, str, str], str] = job_script,
     ) -> None:
         """`witness` reads the exit code a job's script left in a file, None if there is none; `revoke`
-        forbids the script with this exit-code file to begin, and says whether it has begun."""
+        forbids the script with this exit-code file to begin, and says whether it has begun; `script`
+        writes one that runs a command and leaves its exit code in a file."""
         self._config = config
         self._cloud = cloud
         self._cluster = cluster
@@ -159,6 +161,7 @@ class Broker:
         self._walltimes = walltimes or Walltimes()
         self._witness = witness
         self._revoke = revoke
+        self._script = script
         self._lock = threading.RLock()
         self._now = clock()
         self._inbox: list[Task] = []
@@ -251,7 +254,7 @@ class Broker:
 
     def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is."""
-        return self._config.log_file(task)
+        return Path(self._config.log_file(task))
 
     def release(self) -> None:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
@@ -767,7 +770,7 @@ class Broker:
         return True
 
     def _request(self, vm: VM, task: Task) -> JobRequest:
-        script = job_script(task.name, task.command, self._config.exit_file(task))
+        script = self._script(task.name, task.command, self._config.exit_file(task))
         return JobRequest(
             key=task.attempt_key,
             run=self._config.job_name,

@@ -260,6 +260,7 @@ class Simulation:
             walltimes=scenario.walltimes,
             witness=lambda path: None,
             revoke=lambda path: False,
+            script=lambda name, command, path: "",
         )
         self.broker.expect(
             Announcement(scenario.strategy, task.rule, _NEED, task.predicted)

@@ -50,9 +50,9 @@ class Rig:
         self.most_alive = 0
         self.made = 0
 
-    def _revoke(self, exit_file: Path) -> bool:
+    def _revoke(self, exit_file: str) -> bool:
         """As the marker files do for a real script; `3-rule.1.exit` is that of r1-3.1."""
-        number, attempt = exit_file.name.split("-rule.")
+        number, attempt = Path(exit_file).name.split("-rule.")
         key = f"r1-{number}.{attempt.removesuffix('.exit')}"
         self.world.revoked.add(key)
         return key in self.world.jobs and self.world.jobs[key].started is not None

@@ -39,7 +39,7 @@ REQUEST = JobRequest(
     memory=2000,
     limit=90.0,
     workdir=Path("/data/it's here"),
-    log=Path("/data/log"),
+    log="/data/log",
     partition="schlouder",
 )
 
@@ -242,12 +242,12 @@ def test_a_job_is_gone_only_when_slurm_says_so(path: Path) -> None:
 
 
 def test_a_percent_sign_in_a_path_is_no_pattern() -> None:
-    arguments = sbatch_arguments(replace(REQUEST, log=Path("/data/100%j/log")))
+    arguments = sbatch_arguments(replace(REQUEST, log="/data/100%j/log"))
     assert "--output=/data/100%%j/log" in arguments
 
 
 def test_a_revoked_script_does_nothing(tmp_path: Path) -> None:
-    exit_file = tmp_path / "x.exit"
+    exit_file = f"{tmp_path}/x.exit"
     assert not revoke(exit_file)
     script = job_script("t", f"touch {tmp_path}/ran", exit_file)
     done = subprocess.run(["sh"], input=script, text=True, check=False)
@@ -258,14 +258,14 @@ def test_a_revoked_script_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_script_that_has_begun_cannot_be_revoked_and_says_so(tmp_path: Path) -> None:
-    exit_file = tmp_path / "x.exit"
+    exit_file = f"{tmp_path}/x.exit"
     subprocess.run(["sh"], input=job_script("t", "true", exit_file), text=True, check=True)
     assert revoke(exit_file)
 
 
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 7", 7), ("false && true", 1)])
 def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code: int) -> None:
-    exit_file = tmp_path / "a 'b'.exit"
+    exit_file = f"{tmp_path}/a 'b'.exit"
     assert exit_code(exit_file) is None
     script = job_script("task\nname", command, exit_file)
     done = subprocess.run(["sh"], input=script, text=True, check=False)
@@ -275,6 +275,6 @@ def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code:
 
 
 def test_the_job_script_forgets_a_slurm_conf_that_is_not_on_the_node(tmp_path: Path) -> None:
-    script = job_script("t", f'echo "${{SLURM_CONF-unset}}" >{tmp_path}/seen', tmp_path / "x")
+    script = job_script("t", f'echo "${{SLURM_CONF-unset}}" >{tmp_path}/seen', f"{tmp_path}/x")
     subprocess.run(["sh"], input=script, text=True, check=True, env={"SLURM_CONF": "/not/there"})
     assert (tmp_path / "seen").read_text() == "unset\n"

@@ -48,7 +48,7 @@ class JobRequest:
     memory: int
     limit: float | None
     workdir: Path
-    log: Path
+    log: str
     partition: str
 
 

@@ -63,7 +63,7 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         "--no-requeue",
         "--export=ALL",
         f"--chdir={job.workdir}",
-        f"--output={str(job.log).replace('%', '%%')}",
+        f"--output={job.log.replace('%', '%%')}",
     ]
     if job.limit is not None:
         arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")

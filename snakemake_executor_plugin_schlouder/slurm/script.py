@@ -12,7 +12,7 @@ REVOKED = 75
 _BEGUN, _REVOKED = ".begun", ".revoked"
 
 
-def job_script(name: str, command: str, exit_file: Path) -> str:
+def job_script(name: str, command: str, exit_file: str) -> str:
     """A script that runs `command`, then writes its exit code to `exit_file` in one atomic step.
 
     A script that was revoked before it began does nothing: it was taken for lost and made again.
@@ -41,28 +41,20 @@ def job_script(name: str, command: str, exit_file: Path) -> str:
     )
 
 
-def revoke(exit_file: Path) -> bool:
+def revoke(exit_file: str) -> bool:
     """Forbids the script with this exit-code file to begin, should it be started late. True: it has begun.
 
     The script leaves its mark before it looks for ours, and we ours before we look for its: one of the
     two sees the other.
     """
     with contextlib.suppress(OSError):
-        _revoked(exit_file).touch()
-    return _begun(exit_file).exists()
+        Path(exit_file + _REVOKED).touch()
+    return Path(exit_file + _BEGUN).exists()
 
 
-def _begun(exit_file: Path) -> Path:
-    return exit_file.with_name(exit_file.name + _BEGUN)
-
-
-def _revoked(exit_file: Path) -> Path:
-    return exit_file.with_name(exit_file.name + _REVOKED)
-
-
-def exit_code(exit_file: Path) -> int | None:
+def exit_code(exit_file: str) -> int | None:
     """What the script wrote; None if it has not ended, or not by itself."""
     try:
-        return int(exit_file.read_text())
+        return int(Path(exit_file).read_text())
     except (OSError, ValueError):
         return None
