@@ -7,6 +7,7 @@ only plain types and `Optional[...]`, never `X | None` or strings.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
@@ -108,6 +109,13 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Seconds after which a VM that has not joined Slurm is given up.", metavar="S"
         ),
     )
+    record: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Write all that decisions rest on, and the decisions, to this file, to play the run again.",
+            metavar="FILE",
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ class Config:
     munge_key_parameter: str
     partition: str
     boot_timeout: float
+    record: str
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,7 @@ def validated(settings: ExecutorSettings) -> Config:
         munge_key_parameter=settings.munge_key_parameter or "",
         partition=settings.partition or "",
         boot_timeout=settings.boot_timeout or 0,
+        record=settings.record or "",
     )
 
 
@@ -220,6 +230,8 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
             f"--schlouder-munge-key-parameter: {settings.munge_key_parameter!r} is no SSM parameter name "
             "(letters, digits and _ . - /)"
         )
+    if settings.record and not Path(settings.record).absolute().parent.is_dir():
+        problems.append(f"--schlouder-record: {settings.record!r} is in no directory that exists")
     return problems
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from .model import SchlouderError
+from .model import Need, SchlouderError
+
+ONE_CPU = Need(1, 1)
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,22 @@ class RecordedBoot:
 
 @dataclass(frozen=True)
 class RecordedTask:
-    """`submission` is a date, `predicted` the user's estimate, `real` what it took; all in seconds."""
+    """`submission` is a date, `predicted` the user's estimate, `real` what it took; all in seconds.
+    `group`: what makes tasks alike, where their names do not tell."""
 
     name: str
     submission: float
     predicted: float
     real: float
     after: tuple[str, ...] = ()
+    need: Need = ONE_CPU
+    group: str = ""
 
     @functools.cached_property
     def rule(self) -> str:
         """What makes tasks alike: the last word of the name, without numbers."""
+        if self.group:
+            return self.group
         words = re.findall("[A-Za-z]+", self.name)
         return words[-1] if words else "task"
 
