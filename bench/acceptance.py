@@ -2,6 +2,7 @@
 
 Recorded runs are read from the folder in TRACES (default ../shared/traces); without them, their rows
 say so, and the project's own small task list still shows that the strategies do what they promise.
+The rows of live runs need root, as the embedded cloud does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from bench.live import live_rows
 from bench.rows import Row, finish
 from snakemake_executor_plugin_schlouder import tasklist
 from snakemake_executor_plugin_schlouder.model import Billing
@@ -95,4 +97,4 @@ def _worst(replays: list[Replay], application: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(finish([*fidelity_rows(), *own_rows()], Path("build/acceptance.json")))
+    sys.exit(finish([*fidelity_rows(), *own_rows(), *live_rows()], Path("build/acceptance.json")))

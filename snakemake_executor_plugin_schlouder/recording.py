@@ -448,6 +448,10 @@ class Replayed:
     alike: int
     differences: list[str]
 
+    @property
+    def is_identical(self) -> bool:
+        return not self.differences and self.alike == self.decisions
+
 
 def read(path: Path) -> list[Line]:
     """The lines of a recording; SchlouderError says what is wrong with it. A last line that was cut off
