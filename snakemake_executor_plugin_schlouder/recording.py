@@ -370,7 +370,7 @@ class RecordedBroker(Broker):
     ) -> None:
         self._recorder = recorder
         self._asked_to_stop = False
-        recorder.note("run", {"version": VERSION, "config": config})
+        recorder.note("run", VERSION, config)
         senses = Senses(clock, witness, revoke).on(recorder)
         super().__init__(
             config,
@@ -469,13 +469,13 @@ def read(path: Path) -> list[Line]:
                 raise SchlouderError(f"{path}, line {number}: not of a recording") from None
     if not lines or lines[0].name != "run":
         raise SchlouderError(f"{path}: expected a recording, which begins with its run")
-    if decoded(lines[0].asked)["version"] != VERSION:
+    if lines[0].asked != VERSION:
         raise SchlouderError(f"{path}: of another version; this schlouder reads {VERSION}")
     return lines
 
 
 def config_of(lines: Sequence[Line]) -> BrokerConfig:
-    return cast(BrokerConfig, decoded(lines[0].asked)["config"])
+    return cast(BrokerConfig, decoded(lines[0].answer))
 
 
 def replay_recording(path: Path) -> Replayed:
