@@ -124,7 +124,7 @@ def _alike(run: Run) -> Row:
 def _foretold(run: Run, before: Run) -> Row:
     config = recording.config_of(run.lines)
     known = experience(before.course)
-    simulated = forecast(run.course.plan, config, run.strategy, known).makespan
+    simulated = forecast(run.course.plan, config, run.strategy, known)
     live = run.course.makespan
     error = (simulated - live) / live
     return Row(

@@ -1,7 +1,8 @@
 """What the recording of one run tells about the next: its tasks, and how long everything took.
 
-Slurm tells starts and ends in whole seconds, cut off; half a second is added where they are compared
-with the broker's clock.
+Slurm tells starts and ends in whole seconds only. So a task is taken to run from its submission, or from
+the end of the one it was queued behind, to the round that saw its end, less the mean time a round comes
+late: Slurm's own delay in starting it is contained.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .broker import BrokerConfig
 from .model import DEFAULT_WALLTIME, SchlouderError, Task
 from .prediction import MeasuredBoots
 from .recording import Line, PlannedJob, decoded
-from .simulate import Lags, Outcome, Scenario, simulate
+from .simulate import Lags, Scenario, simulate
 from .slurm import ClusterView
 from .slurm.states import JobPhase
 from .tasklist import RecordedTask, TaskList
@@ -23,6 +24,7 @@ PERIOD = 0.05
 """Seconds between the rounds of a forecast: what the rounds of the live run cost is in its lags."""
 
 _HALF = 0.5
+"""What Slurm's whole seconds lack on average."""
 
 
 @dataclass
@@ -49,9 +51,9 @@ class Observed:
 
     @property
     def makespan(self) -> float:
-        """Seconds from the first task's hand-over to the last one's end."""
-        ended = max(job.ended for job in self.jobs.values()) + _HALF
-        return ended - min(job.received for job in self.jobs.values())
+        """Seconds from the first task's hand-over to the round that saw the last one's end."""
+        jobs = self.jobs.values()
+        return max(job.seen for job in jobs) - min(job.received for job in jobs)
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,23 @@ def observed(lines: Sequence[Line]) -> Observed:
 
 
 def experience(run: Observed) -> Experience:
+    jobs = list(run.jobs.values())
+    notice = _mean([job.seen - job.ended - _HALF for job in jobs])
     by_rule: dict[str, list[float]] = {}
-    for job in run.jobs.values():
-        by_rule.setdefault(job.rule, []).append(job.ended - job.started)
-    walltimes = {rule: statistics.fmean(seconds) for rule, seconds in by_rule.items()}
-    return Experience(walltimes, statistics.fmean(run.boots), _lags(run))
+    for job in jobs:
+        before = _queued_behind(job, jobs)
+        begun = job.submitted + notice if before is None else before.seen
+        by_rule.setdefault(job.rule, []).append(job.seen - begun)
+    walltimes = {rule: _mean(seconds) for rule, seconds in by_rule.items()}
+    lags = Lags(notice, _mean(list(_releases(run))))
+    return Experience(walltimes, statistics.fmean(run.boots), lags)
 
 
 def forecast(
     plan: Sequence[PlannedJob], config: BrokerConfig, strategy: str, known: Experience
-) -> Outcome:
-    """Simulates a workflow under one strategy, where jobs take what the jobs of their rule took; a rule
-    nothing is known of takes what was planned for it."""
+) -> float:
+    """The makespan (as `Observed.makespan`) of a workflow under one strategy, simulated: jobs take what
+    the jobs of their rule took; a rule nothing is known of takes what was planned for it."""
     scenario = Scenario(
         strategy,
         config.max_vms,
@@ -95,7 +102,8 @@ def forecast(
         types=tuple(config.types),
         lags=known.lags,
     )
-    return simulate(TaskList(tuple(_task(job, known) for job in plan)), scenario)
+    tasks = TaskList(tuple(_task(job, known) for job in plan))
+    return simulate(tasks, scenario).makespan + known.lags.notice
 
 
 def _task(job: PlannedJob, known: Experience) -> RecordedTask:
@@ -104,33 +112,14 @@ def _task(job: PlannedJob, known: Experience) -> RecordedTask:
     return RecordedTask(job.name, 0.0, planned, real, tuple(job.after), job.need, job.rule)
 
 
-def _lags(run: Observed) -> Lags:
-    jobs = list(run.jobs.values())
-    starts, following = [], []
-    for job in jobs:
-        before = _freed_for(job, jobs)
-        if before is None:
-            starts.append(job.started + _HALF - job.submitted)
-        else:
-            following.append(job.started - before)
-    return Lags(
-        start=_mean(starts),
-        following=_mean(following),
-        notice=_mean([job.seen - job.ended - _HALF for job in jobs]),
-        release=_mean(list(_releases(run))),
-    )
-
-
-def _freed_for(job: _Job, jobs: Iterable[_Job]) -> float | None:
-    """The end of the job behind which `job` was queued on its VM; None if it found room at once."""
-    ends = [
-        other.ended
+def _queued_behind(job: _Job, jobs: Iterable[_Job]) -> _Job | None:
+    """The job whose end made room for `job` on its VM; None if there was room at its submission."""
+    ended = [
+        other
         for other in jobs
-        if other.node == job.node
-        and job.submitted < other.ended + _HALF
-        and other.ended <= job.started
+        if other.node == job.node and other.seen > job.submitted and other.ended <= job.started
     ]
-    return max(ends, default=None)
+    return max(ended, key=lambda other: other.ended, default=None)
 
 
 def _releases(run: Observed) -> Iterator[float]:
@@ -144,7 +133,7 @@ def _releases(run: Observed) -> Iterator[float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """0 where there are none; what comes before its cause does so only by the rounding of dates."""
+    """At least 0, as where there are none: what comes before its cause does so by rounding only."""
     return max(0.0, statistics.fmean(values)) if values else 0.0
 
 
@@ -191,7 +180,7 @@ class _Reader:
     def _submitted(self, line: Line) -> None:
         attempt, node, _, _ = line.asked
         job = self._found.jobs[attempt.rpartition(".")[0]]
-        job.node, job.submitted = node, line.at
+        job.node, job.submitted = node, self._now
 
     def _viewed(self, line: Line) -> None:
         view: ClusterView = decoded(line.answer)

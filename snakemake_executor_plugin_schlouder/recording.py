@@ -77,14 +77,12 @@ class PlannedJob:
 
 
 class Line(NamedTuple):
-    """One line: what was called with what, what came of it, and when that was known (seconds since the
-    epoch). A `failure` is an exception."""
+    """One line: what was called with what, and what came of it. A `failure` is an exception."""
 
     name: str
     asked: Any
     answer: Any
     failure: Any
-    at: float
 
 
 # -- values as JSON
@@ -178,7 +176,7 @@ class Recorder:
         if self._failed:
             return
         try:
-            line = [name, encoded(asked), encoded(answer), encoded(failure), time.time()]
+            line = [name, encoded(asked), encoded(answer), encoded(failure)]
             self._file.write(json.dumps(line) + "\n")
         except OSError as error:
             self._failed = True

@@ -33,12 +33,9 @@ _SILENT.propagate = False
 
 @dataclass(frozen=True)
 class Lags:
-    """Seconds that pass between events: `start` from a submission to its task's start on a free VM,
-    `following` from a task's end to the start of the one queued behind it, `notice` from an end until the
-    broker can see it, `release` from then until tasks that waited for it are handed over."""
+    """Seconds that pass between events: `notice` from a task's end until the broker can see it,
+    `release` from then until tasks that waited for it are handed over."""
 
-    start: float = 0.0
-    following: float = 0.0
     notice: float = 0.0
     release: float = 0.0
 
@@ -166,7 +163,7 @@ class _World:
     def submit(self, job: JobRequest) -> str:
         node = self.nodes[job.node]
         node.waiting.append(job)
-        self._fill(node, self._lags.start)
+        self._fill(node)
         return job.key
 
     def view(self, run: str) -> ClusterView:
@@ -214,7 +211,7 @@ class _World:
                 return None
         return self._show_end(name)
 
-    def _fill(self, node: _Node, lag: float) -> None:
+    def _fill(self, node: _Node) -> None:
         """Starts what has room, first come first served."""
         while node.waiting:
             job = node.waiting[0]
@@ -222,14 +219,14 @@ class _World:
                 return
             node.cpus -= job.cpus
             node.memory -= job.memory
-            self._start(node.waiting.popleft(), self.now + lag)
+            self._start(node.waiting.popleft())
 
-    def _start(self, job: JobRequest, date: float) -> None:
-        self._running[job.key] = job, date
+    def _start(self, job: JobRequest) -> None:
+        self._running[job.key] = job, self.now
         self._changed_jobs[job.key] = JobStatus(
-            job.key, job.key, JobPhase.RUNNING, "RUNNING", "", date, None
+            job.key, job.key, JobPhase.RUNNING, "RUNNING", "", self.now, None
         )
-        self.push(date + self._walltimes[_task_of(job.key)], "end", job.key)
+        self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.key)
 
     def _finish(self, key: str) -> None:
         job, _ = self._running[key]
@@ -237,7 +234,7 @@ class _World:
         node.cpus += job.cpus
         node.memory += job.memory
         self.ended[_task_of(key)] = self.now
-        self._fill(node, self._lags.following)
+        self._fill(node)
 
     def _show_end(self, key: str) -> str:
         _, begun = self._running.pop(key)

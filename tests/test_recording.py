@@ -216,7 +216,7 @@ def test_values_survive_being_written_down() -> None:
     [
         ("", "expected a recording"),
         ("nonsense\nnonsense\n", "line 1: not of a recording"),
-        ('["run", 0, null, null, 1]\n', "another version"),
+        ('["run", 0, null, null]\n', "another version"),
     ],
 )
 def test_what_is_no_recording_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -247,10 +247,10 @@ def test_a_run_is_foretold_from_one_under_another_strategy(tmp_path: Path, strat
         assert rig.states() == [TaskState.COMPLETE] * 8
         runs[name] = rig.path
     earlier = experience(observed(read(runs["one-vm-per-job"])))
-    assert earlier.walltimes == {"rule": 20}
+    assert earlier.walltimes == {"rule": pytest.approx(20, abs=1)}
     later = read(runs[strategy])
     foretold = forecast(observed(later).plan, config_of(later), strategy, earlier)
-    assert foretold.makespan == pytest.approx(observed(later).makespan, rel=0.05)
+    assert foretold == pytest.approx(observed(later).makespan, rel=0.05)
 
 
 def test_nothing_is_learned_from_a_run_in_which_nothing_ended(tmp_path: Path) -> None:

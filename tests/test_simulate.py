@@ -139,10 +139,9 @@ def test_lags_lie_between_the_events() -> None:
         RecordedTask("b", 0, 10, 10),
         RecordedTask("c", 0, 10, 10, ("a", "b")),
     )
-    lags = Lags(start=1, following=2, notice=3, release=4)
+    lags = Lags(notice=3, release=4)
     scenario = Scenario("one-vm-for-all", 1, HOURS, LinearBoots(40, 0), lags=lags)
-    ends = 40 + (1 + 10) + (2 + 10)
-    assert simulate(TaskList(tasks), scenario).makespan == ends + 3 + 4 + (1 + 10)
+    assert simulate(TaskList(tasks), scenario).makespan == 40 + 10 + 10 + 3 + 4 + 10
 
 
 def test_boot_predictors() -> None:
