@@ -204,12 +204,7 @@ class _World:
             self._booting -= 1
             self._changed_nodes[name] = node
             return None
-        if kind == "end":
-            self._finish(name)
-            if self._lags.notice:
-                self.push(self.now + self._lags.notice, "seen", name)
-                return None
-        return self._show_end(name)
+        return self._finish(name) if kind == "end" else self._show_end(name)
 
     def _fill(self, node: _Node) -> None:
         """Starts what has room, first come first served."""
@@ -228,13 +223,19 @@ class _World:
         )
         self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.key)
 
-    def _finish(self, key: str) -> None:
+    def _finish(self, key: str) -> str | None:
         job, _ = self._running[key]
         node = self.nodes[job.node]
         node.cpus += job.cpus
         node.memory += job.memory
         self.ended[_task_of(key)] = self.now
+        seen = None
+        if self._lags.notice:
+            self.push(self.now + self._lags.notice, "seen", key)
+        else:
+            seen = self._show_end(key)
         self._fill(node)
+        return seen
 
     def _show_end(self, key: str) -> str:
         _, begun = self._running.pop(key)
