@@ -79,12 +79,15 @@ def _names(strategy: str) -> tuple[str, str]:
 
 
 def _measured(folder: Path, environment: Mapping[str, str]) -> list[Row]:
-    before = _run(FIRST, folder / "before", environment)
-    rows = []
-    for strategy in STRATEGIES:
-        run = _run(strategy, folder / strategy, environment)
-        rows += [_alike(run), _foretold(run, before)]
-        before = run
+    rows: list[Row] = []
+    try:
+        before = _run(FIRST, folder / "before", environment)
+        for strategy in STRATEGIES:
+            run = _run(strategy, folder / strategy, environment)
+            rows += [_alike(run), _foretold(run, before)]
+            before = run
+    except RuntimeError as error:
+        rows.append(Row("live: every run of the workflow succeeds", str(error), "all", False))
     return rows
 
 
@@ -108,7 +111,7 @@ def _run(strategy: str, directory: Path, environment: Mapping[str, str]) -> Run:
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(done.stdout)
+        raise RuntimeError(f"{strategy}: " + "\n".join(done.stdout.splitlines()[-20:]))
     lines = recording.read(path)
     return Run(strategy, path, lines, observed(lines))
 
