@@ -27,7 +27,7 @@ $(READY): pyproject.toml tools/setup
 	@touch $@
 
 acceptance: $(READY)
-	@TRACES="$(TRACES)" $(PYTHON) -m bench.acceptance
+	@tools/as-root --if-possible env TRACES="$(TRACES)" $(PYTHON) -m bench.acceptance
 
 clean:
 	rm -rf $(VENV) build dist

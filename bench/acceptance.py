@@ -2,6 +2,7 @@
 
 Recorded runs are read from the folder in TRACES (default ../shared/traces); without them, their rows
 say so, and the project's own small task list still shows that the strategies do what they promise.
+The rows of live runs need root, as the embedded cloud does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bench.cells import strategy_rows
 from bench.forecasts import forecast_rows
+from bench.live import live_rows
 from bench.rows import Row, finish
 from bench.scale import scale_rows
 from snakemake_executor_plugin_schlouder import tasklist
@@ -104,5 +106,6 @@ if __name__ == "__main__":
         *forecast_rows(TRACES),
         *scale_rows(),
         *own_rows(),
+        *live_rows(),
     ]
     sys.exit(finish(rows, Path("build/acceptance.json")))

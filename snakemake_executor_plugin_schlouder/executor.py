@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
@@ -34,9 +34,13 @@ from .model import InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Ec2Settings, Join, connect
+from .provision import Cloud, Ec2Settings, Join, connect
 from .settings import Config, RuleSettings, rule_settings, validated
+from .slurm import Cluster
 from .slurm.cli import SlurmCommands
+
+if TYPE_CHECKING:
+    from .recording import PlannedJob
 
 _PAUSE_BUSY = 0.5
 _PAUSE_QUIET = 1.0
@@ -198,22 +202,49 @@ class Executor(RemoteExecutor):
             order=config.order,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
-        self._history = self._open_history()
-        self._walltimes = self._history.walltimes()
-        self._broker = Broker(
-            broker_config,
-            cloud,
-            cluster,
-            self._journal,
-            self.logger,
-            boots=self._history.boots(types[0].name),
-            walltimes=self._walltimes,
-        )
         self._region = cloud.region
+        self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, jobs)
         self._broker.expect(self._announcements(jobs))
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
+
+    def _make_broker(
+        self,
+        config: BrokerConfig,
+        cloud: Cloud,
+        cluster: Cluster,
+        journal: Journal,
+        jobs: list[Any],
+    ) -> Broker:
+        history = self._open_history()
+        self._history, self._walltimes = history, history.walltimes()
+        boots = history.boots(config.types[0].name)
+        if not self._config.record:
+            return Broker(
+                config,
+                cloud,
+                cluster,
+                journal,
+                self.logger,
+                boots=boots,
+                walltimes=self._walltimes,
+            )
+        from .recording import RecordedBroker, Recorder
+
+        recorder = Recorder(Path(self._config.record), self.logger)
+        broker = RecordedBroker(
+            recorder,
+            config,
+            cloud,
+            cluster,
+            journal,
+            self.logger,
+            boots=boots,
+            walltimes=self._walltimes,
+        )
+        broker.plan(self._planned_jobs(jobs))
+        return broker
 
     def _open_journal(self, region: str, endpoint: str) -> Journal:
         path = journal_path(self._workdir)
@@ -318,6 +349,21 @@ class Executor(RemoteExecutor):
         return [
             Announcement(s.strategy, rule, s.need, self._planned(rule, s)) for rule, s in settings
         ]
+
+    def _planned_jobs(self, jobs: list[Any]) -> list[PlannedJob]:
+        """The workflow's graph as far as it is known; a look ahead like `_jobs_ahead`."""
+        from .recording import PlannedJob
+
+        names = {job: _display_name(job) for job in jobs}
+        dependencies = getattr(self.dag, "dependencies", {})
+        planned = []
+        for job, name in names.items():
+            settings = self._settings(job)
+            after = tuple(names[other] for other in dependencies.get(job, ()) if other in names)
+            rule = _file_name(job.name)
+            estimate = self._planned(rule, settings)
+            planned.append(PlannedJob(name, rule, settings.need, estimate, after))
+        return planned
 
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())

@@ -6,7 +6,8 @@ import math
 import random
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 from .model import DEFAULT_BOOT_TIME, DEFAULT_WALLTIME
@@ -50,6 +51,20 @@ class LearnedBoots:
         self._correction: float | None = 0.0
         self._longest = 0.0
         self._most_booting = 0
+
+    @property
+    def state(self) -> list[float]:
+        """All that was learned of the default rule, for `of`."""
+        return [self._longest, float(self._most_booting), *self._misses]
+
+    @classmethod
+    def of(cls, state: Sequence[float]) -> LearnedBoots:
+        found = cls()
+        if state:
+            found._longest, found._most_booting = state[0], int(state[1])
+            found._misses.extend(state[2:])
+            found._correction = None if state[2:] else 0.0
+        return found
 
     def learn(self, seconds: float, booting: int = 0) -> None:
         """A boot took `seconds`; `booting` others booted when it was requested."""
@@ -138,6 +153,19 @@ class Walltimes:
         self._sums: dict[str, _Sums] = {}
         self._lines: dict[str, Line] = {}
         self._all = _Sums()
+
+    @property
+    def state(self) -> dict[str, list[float]]:
+        """All that was learned, for `of`; the sums over all rules under the empty name."""
+        sums = {"": self._all, **self._sums}
+        return {rule: list(astuple(found)) for rule, found in sums.items()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Sequence[float]]) -> Walltimes:
+        found = cls()
+        found._sums = {rule: _Sums(*values) for rule, values in state.items()}
+        found._all = found._sums.pop("", _Sums())
+        return found
 
     def learn(self, rule: str, estimate: float | None, took: float) -> None:
         """A task of `rule` took `took` s."""

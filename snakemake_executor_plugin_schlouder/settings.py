@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Optional
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
@@ -142,6 +143,13 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Seconds after which a VM that has not joined Slurm is given up.", metavar="S"
         ),
     )
+    record: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Write all that decisions rest on, and the decisions, to this file, to play the run again.",
+            metavar="FILE",
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class Config:
     munge_key_parameter: str
     partition: str
     boot_timeout: float
+    record: str
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,7 @@ def validated(settings: ExecutorSettings) -> Config:
         munge_key_parameter=settings.munge_key_parameter or "",
         partition=settings.partition or "",
         boot_timeout=settings.boot_timeout or 0,
+        record=settings.record or "",
     )
 
 
@@ -303,6 +313,8 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
             f"--schlouder-munge-key-parameter: {settings.munge_key_parameter!r} is no SSM parameter name "
             "(letters, digits and _ . - /)"
         )
+    if settings.record and not Path(settings.record).absolute().parent.is_dir():
+        problems.append(f"--schlouder-record: {settings.record!r} is in no directory that exists")
     return problems
 
 

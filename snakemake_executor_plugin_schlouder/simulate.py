@@ -2,7 +2,8 @@
 
 Events (a task arrives, a boot ends, a task ends) move the clock; the broker looks every `period`
 seconds, but only rounds in which something happened, or in which time alone changes a decision, are
-played. One task at a time runs on a VM, as in the recorded runs.
+played. Tasks share a VM as far as their CPUs and memory fit into its type; with one core, as in the
+recorded runs, one runs at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .broker import Broker, BrokerConfig
-from .model import Billing, InstanceType, Need, SchlouderError, Task, TaskState
+from .model import Billing, InstanceType, SchlouderError, Task, TaskState
 from .order import SUBMISSION, checked
 from .pool import Announcement, Goal
 from .prediction import BootPredictor, Walltimes
@@ -26,11 +27,19 @@ from .slurm.states import JobPhase
 from .tasklist import RecordedBoot, TaskList
 
 ONE_CORE = InstanceType("one-core", 1, 4096)
-_NEED = Need(1, 1)
 _ALONE = (0, None)
 _SILENT = logging.getLogger("schlouder.simulation")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
+
+
+@dataclass(frozen=True)
+class Lags:
+    """Seconds that pass between events: `notice` from a task's end until the broker can see it,
+    `release` from then until tasks that waited for it are handed over."""
+
+    notice: float = 0.0
+    release: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Scenario:
     walltimes: Walltimes | None = None
     goal: Goal = field(default_factory=Goal)
     order: str = SUBMISSION
+    types: tuple[InstanceType, ...] = (ONE_CORE,)
+    lags: Lags = Lags()
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,12 @@ class Outcome:
 
 @dataclass
 class _Node:
-    """A VM; once `up` it runs the first of `jobs`."""
+    """A VM, `cpus` and `memory` of which are free; `waiting` holds jobs for which there is no room."""
 
     instance: Instance
-    jobs: deque[JobRequest] = field(default_factory=deque)
+    cpus: int
+    memory: int
+    waiting: deque[JobRequest] = field(default_factory=deque)
     up: bool = False
     drained: bool = False
 
@@ -87,7 +100,9 @@ class _World:
     """The ports `Cloud` and `Cluster` in one: machines, nodes and jobs in virtual time. A view holds
     what has changed since the last one."""
 
-    def __init__(self, tasks: TaskList, boots: BootPredictor, walltimes: dict[str, float]) -> None:
+    def __init__(
+        self, tasks: TaskList, boots: BootPredictor, walltimes: dict[str, float], lags: Lags
+    ) -> None:
         self.now = 0.0
         self.events: list[tuple[float, int, str, str]] = []
         self.nodes: dict[str, _Node] = {}
@@ -95,12 +110,13 @@ class _World:
         self._recorded = tasks.boots
         self._boots = boots
         self._walltimes = walltimes
+        self._lags = lags
         self._count = 0
         self._booting = 0
         self._instances: dict[str, _Node] = {}
         self._changed_jobs: dict[str, JobStatus] = {}
         self._changed_nodes: dict[str, _Node] = {}
-        self._started: dict[str, float] = {}
+        self._running: dict[str, tuple[JobRequest, float]] = {}
 
     def clock(self) -> float:
         return self.now
@@ -122,7 +138,7 @@ class _World:
         instance = Instance(
             f"i-{number}", request.node, "", "running", request.type.name, "", started
         )
-        node = _Node(instance)
+        node = _Node(instance, request.type.cpus, request.type.node_memory)
         self.nodes[request.node] = self._instances[instance.id] = node
         self._booting += 1
         self.push(ready, "up", request.node)
@@ -151,9 +167,8 @@ class _World:
 
     def submit(self, job: JobRequest) -> str:
         node = self.nodes[job.node]
-        node.jobs.append(job)
-        if len(node.jobs) == 1:
-            self._start(node)
+        node.waiting.append(job)
+        self._fill(node)
         return job.key
 
     def view(self, run: str) -> ClusterView:
@@ -186,33 +201,53 @@ class _World:
     # -- time
 
     def happen(self, kind: str, name: str) -> str | None:
-        """An event on a node; returns the task that ended with it."""
-        node = self.nodes[name]
+        """An event: the node `name` is up, or the submission `name` has ended or been seen to have ended;
+        returns the task the broker can now see to have ended."""
         if kind == "up":
+            node = self.nodes[name]
             node.up = True
             self._booting -= 1
             self._changed_nodes[name] = node
             return None
-        return self._finish(node)
+        return self._finish(name) if kind == "end" else self._show_end(name)
 
-    def _start(self, node: _Node) -> None:
-        job = node.jobs[0]
-        self._started[job.key] = self.now
+    def _fill(self, node: _Node) -> None:
+        """Starts what has room, first come first served."""
+        while node.waiting:
+            job = node.waiting[0]
+            if job.cpus > node.cpus or job.memory > node.memory:
+                return
+            node.cpus -= job.cpus
+            node.memory -= job.memory
+            self._start(node.waiting.popleft())
+
+    def _start(self, job: JobRequest) -> None:
+        self._running[job.key] = job, self.now
         self._changed_jobs[job.key] = JobStatus(
             job.key, job.key, JobPhase.RUNNING, "RUNNING", "", self.now, None
         )
-        self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.node)
+        self.push(self.now + self._walltimes[_task_of(job.key)], "end", job.key)
 
-    def _finish(self, node: _Node) -> str:
-        job = node.jobs.popleft()
-        begun = self._started.pop(job.key)
-        self._changed_jobs[job.key] = JobStatus(
-            job.key, job.key, JobPhase.SUCCEEDED, "COMPLETED", "", begun, self.now
+    def _finish(self, key: str) -> str | None:
+        job, _ = self._running[key]
+        node = self.nodes[job.node]
+        node.cpus += job.cpus
+        node.memory += job.memory
+        self.ended[_task_of(key)] = self.now
+        seen = None
+        if self._lags.notice:
+            self.push(self.now + self._lags.notice, "seen", key)
+        else:
+            seen = self._show_end(key)
+        self._fill(node)
+        return seen
+
+    def _show_end(self, key: str) -> str:
+        _, begun = self._running.pop(key)
+        task = _task_of(key)
+        self._changed_jobs[key] = JobStatus(
+            key, key, JobPhase.SUCCEEDED, "COMPLETED", "", begun, self.ended[task]
         )
-        task = _task_of(job.key)
-        self.ended[task] = self.now
-        if node.jobs:
-            self._start(node)
         return task
 
 
@@ -236,12 +271,13 @@ class Simulation:
             for name in task.after:
                 self._followers.setdefault(name, []).append(task.name)
         walltimes = {task.name: task.real for task in tasks.tasks}
-        self._world = _World(tasks, scenario.real_boots or scenario.boots, walltimes)
+        real_boots = scenario.real_boots or scenario.boots
+        self._world = _World(tasks, real_boots, walltimes, scenario.lags)
         config = BrokerConfig(
             run="sim",
             workdir=Path("/nonexistent"),
             partition="",
-            types=(ONE_CORE,),
+            types=scenario.types,
             max_vms=scenario.max_vms,
             billing=scenario.billing,
             boot_timeout=math.inf,
@@ -263,7 +299,7 @@ class Simulation:
             script=lambda name, command, path: "",
         )
         self.broker.expect(
-            Announcement(scenario.strategy, task.rule, _NEED, task.predicted)
+            Announcement(scenario.strategy, task.rule, task.need, task.predicted)
             for task in tasks.tasks
         )
 
@@ -308,6 +344,8 @@ class Simulation:
             self._waits[name].discard(ended)
             if not self._waits[name]:
                 submission = self._tasks[name].submission
+                if self._scenario.lags.release:
+                    submission = max(submission, date + self._scenario.lags.release)
                 if submission <= date:
                     arrived.append(name)
                 else:
@@ -322,7 +360,7 @@ class Simulation:
             rule=recorded.rule,
             jobid=name,
             strategy=self._scenario.strategy,
-            need=_NEED,
+            need=self._tasks[name].need,
             command="",
             planned=recorded.predicted,
             after=recorded.after,

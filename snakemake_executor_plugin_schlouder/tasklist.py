@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from .model import SchlouderError
+from .model import Need, SchlouderError
 from .order import Place, places
+
+ONE_CPU = Need(1, 1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class RecordedBoot:
 @dataclass(frozen=True)
 class RecordedTask:
     """`submission` is a date, `predicted` the user's estimate, `real` what it took, `computing` the part
-    of it without transfers, where that was recorded; all in seconds."""
+    of it without transfers, where that was recorded; all in seconds. `group`: what makes tasks alike,
+    where their names do not tell."""
 
     name: str
     submission: float
@@ -44,10 +47,14 @@ class RecordedTask:
     real: float
     after: tuple[str, ...] = ()
     computing: float | None = None
+    need: Need = ONE_CPU
+    group: str = ""
 
     @functools.cached_property
     def rule(self) -> str:
         """What makes tasks alike: the last word of the name, without numbers."""
+        if self.group:
+            return self.group
         words = re.findall("[A-Za-z]+", self.name)
         return words[-1] if words else "task"
 

@@ -18,6 +18,7 @@ from workflows import Site, as_nobody, vm_pids, wait_for
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.recording import decoded, read, replay_recording
 from snakemake_executor_plugin_schlouder.slurm import ClusterUnfit
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
@@ -247,6 +248,19 @@ def test_ctrl_c_and_a_closed_terminal_give_everything_back(site: Site, number: i
     assert "0 of 4 jobs complete" in output
 
 
+def test_a_recorded_run_is_played_again_with_the_same_decisions(site: Site) -> None:
+    write(site, THREE_JOBS)
+    done = site.run("--schlouder-record", "run.jsonl", "--schlouder-strategy", "asap")
+    assert done.returncode == 0, done.stdout
+    path = site.directory / "run.jsonl"
+    played = replay_recording(path)
+    assert played.is_identical, played.differences
+    assert played.decisions >= 4 + 2
+    (plan,) = (decoded(line.asked) for line in read(path) if line.name == "plan")
+    after = {job.name: job.after for job in plan}
+    assert sorted(after["sum"]) == ["one i=0", "one i=1", "one i=2"]
+
+
 def test_a_second_ctrl_c_does_not_stop_the_giving_back(site: Site) -> None:
     process = start_long_jobs(site, 600)
     for _ in range(3):
@@ -348,6 +362,11 @@ rule one:
     [
         (["--schlouder-strategy", "cheapo"], {}, "--schlouder-strategy: 'cheapo' is unknown"),
         (["--schlouder-max-vms", "0"], {}, "--schlouder-max-vms: 0 is not allowed"),
+        (
+            ["--schlouder-record", "no/where"],
+            {},
+            "--schlouder-record: 'no/where' is in no directory",
+        ),
         (["--schlouder-btu", "-1"], {}, "--schlouder-btu: -1.0 is not allowed"),
         (["--schlouder-image", "ami-12345678"], {}, "--schlouder-image: 'ami-12345678'"),
         (["--schlouder-subnet", "subnet-1"], {}, "--schlouder-subnet: 'subnet-1'"),

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from snakemake_executor_plugin_schlouder import cli, strategies
-from snakemake_executor_plugin_schlouder.model import Billing
+from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need
 from snakemake_executor_plugin_schlouder.prediction import LearnedBoots, LinearBoots
 from snakemake_executor_plugin_schlouder.replay import read_runs, replay
-from snakemake_executor_plugin_schlouder.simulate import Outcome, Scenario, simulate
+from snakemake_executor_plugin_schlouder.simulate import Lags, Outcome, Scenario, simulate
 from snakemake_executor_plugin_schlouder.tasklist import RecordedBoot, RecordedTask, TaskList
 
 HOURS = Billing(3600, 0, 50)
@@ -121,6 +121,27 @@ def test_decisions_rest_on_the_estimates_and_results_on_what_tasks_really_took()
 def test_recorded_boots_count_in_the_order_of_the_requests() -> None:
     tasks = TaskList(batch(100, 100).tasks, (RecordedBoot(30, 10, 2), RecordedBoot(90)))
     assert played(tasks, "one-vm-per-job").makespan == 190
+
+
+def test_tasks_share_a_vm_as_far_as_its_cpus_go() -> None:
+    """Two, then two more, and the one that needs both CPUs when the others are done."""
+    two_cores = InstanceType("two-cores", 2, 4096)
+    tasks = [RecordedTask(f"t{n}", 0, 100, 100) for n in range(4)]
+    tasks.append(RecordedTask("wide", 0, 50, 50, need=Need(2, 1)))
+    scenario = Scenario("one-vm-for-all", 1, HOURS, LinearBoots(40, 0), types=(two_cores,))
+    assert simulate(TaskList(tuple(tasks)), scenario).makespan == 40 + 100 + 100 + 50
+
+
+def test_lags_lie_between_the_events() -> None:
+    """One VM: a, then b that was queued behind it, then c that waited for both."""
+    tasks = (
+        RecordedTask("a", 0, 10, 10),
+        RecordedTask("b", 0, 10, 10),
+        RecordedTask("c", 0, 10, 10, ("a", "b")),
+    )
+    lags = Lags(notice=3, release=4)
+    scenario = Scenario("one-vm-for-all", 1, HOURS, LinearBoots(40, 0), lags=lags)
+    assert simulate(TaskList(tasks), scenario).makespan == 40 + 10 + 10 + 3 + 4 + 10
 
 
 def test_boot_predictors() -> None:
