@@ -348,12 +348,8 @@ class Senses:
     def on(self, tape: Tape) -> Senses:
         return Senses(
             clock=lambda: tape.call("clock", None, self.clock),
-            witness=lambda path: tape.call(
-                "witness", os.path.basename(path), lambda: self.witness(path)
-            ),
-            revoke=lambda path: tape.call(
-                "revoke", os.path.basename(path), lambda: self.revoke(path)
-            ),
+            witness=lambda path: tape.call("witness", Path(path).name, lambda: self.witness(path)),
+            revoke=lambda path: tape.call("revoke", Path(path).name, lambda: self.revoke(path)),
         )
 
 
