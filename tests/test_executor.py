@@ -17,6 +17,7 @@ from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 from workflows import Site, as_nobody, vm_pids, wait_for
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings
+from snakemake_executor_plugin_schlouder.history import History
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.recording import decoded, read, replay_recording
 from snakemake_executor_plugin_schlouder.slurm import ClusterUnfit
@@ -106,7 +107,7 @@ class TestSnakemakesOwnSuite(snakemake.common.tests.TestWorkflowsLocalStorageBas
 def test_jobs_run_on_vms_of_their_strategy_and_the_table_shows_it(site: Site) -> None:
     write(site, THREE_JOBS)
     before = len(site.instances())
-    done = site.run()
+    done = site.run("--schlouder-strategy", "one-vm-per-job")
     assert done.returncode == 0, done.stdout
     hosts = (site.directory / "out/sum.txt").read_text().split()
     assert len(set(hosts)) == 3
@@ -125,6 +126,33 @@ def test_jobs_run_on_vms_of_their_strategy_and_the_table_shows_it(site: Site) ->
     )
     assert "4 of 4 jobs complete" in status.stdout
     assert f" - {hosts[0]} (" in status.stdout
+
+
+SIX_ALIKE = """
+rule all:
+    input: expand("out/{i}.txt", i=range(6))
+rule one:
+    output: "out/{i}.txt"
+    shell: "hostname >{output}"
+"""
+
+
+def test_the_default_strategy_lays_the_batch_out_and_remembers_what_it_took(site: Site) -> None:
+    """Two jobs at once on a VM; five minutes are assumed for the first run, seconds for the second."""
+    write(site, SIX_ALIKE)
+    first = site.run("--schlouder-strategy", "cheapest")
+    assert first.returncode == 0, first.stdout
+    assert "6 of 6 jobs complete" in first.stdout
+    (site.directory / "out").rename(site.directory / "before")
+    known = History(site.directory / "state" / "schlouder" / "history.sqlite")
+    assert known.walltimes().expected("one", None) < 60
+    assert known.boots().predict(0) < 60
+    known.close()
+    second = site.run()
+    assert second.returncode == 0, second.stdout
+    hosts = {path.read_text() for path in (site.directory / "out").glob("*.txt")}
+    assert len(hosts) < 6
+    assert "/ 5 m" not in second.stdout
 
 
 def test_a_job_follows_the_one_it_waited_for_to_its_vm(site: Site) -> None:
@@ -307,7 +335,7 @@ rule one:
     shell: "date +%s%N > running-{wildcards.i}-$$; sleep 6; rm running-{wildcards.i}-$$; touch {output}"
 """,
     )
-    process = site.start("--schlouder-max-vms", "1")
+    process = site.start("--schlouder-max-vms", "1", "--schlouder-strategy", "asap")
     pending = ["squeue", "--states=PENDING", "--noheader", "--format=%i"]
     wait_for(
         lambda: len(list(site.directory.glob("running-*"))) == 2 and bool(site.slurm(*pending)),
