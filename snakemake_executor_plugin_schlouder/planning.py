@@ -80,9 +80,10 @@ class Planner:
     def changed(self, vm: VM) -> None:
         """What `vm` does, or is to do, has changed."""
         pool = self._pool_of.get(vm.name)
-        if pool is not None:
-            pool.fleet.update(vm)
+        if pool is not None and pool.is_pooled:
             pool.touched[vm.name] = vm
+        elif pool is not None:
+            pool.fleet.update(vm)
         if not vm.is_booting:
             self._booting.discard(vm.name)
 
@@ -154,12 +155,12 @@ class Planner:
                 continue
             if not self._sharing:
                 task.need = Need(pool.kind.cpus, pool.kind.node_memory)
-            if isinstance(pool.strategy, Pooled):
+            if pool.is_pooled:
                 self._keep(task, pool)
             else:
                 self._place(task, pool, round_)
         for pool in self._pools.values():
-            if isinstance(pool.strategy, Pooled):
+            if pool.is_pooled:
                 self._arrange_safely(pool, round_)
         self._left = len(round_.plan.left)
         return round_.plan
@@ -306,7 +307,8 @@ class Planner:
         task.need = Need(task.need.cpus, memory)
         task.state, task.vm = TaskState.SCHEDULED, vm.name
         vm.plan(task, round_.now)
-        pool.fleet.update(vm)
+        if not pool.is_pooled:
+            pool.fleet.update(vm)
         round_.plan.assigned.append(task)
 
     def _pool_for(self, task: Task) -> Pool | None:
@@ -320,7 +322,14 @@ class Planner:
             strategy = strategies.make(task.strategy)
             future = self._future_of(task.strategy)
             self._pools[key] = Pool(
-                strategy, kind, fleet, backlog, future, self._boot_time, self._goal
+                strategy,
+                kind,
+                fleet,
+                backlog,
+                future,
+                self._boot_time,
+                self._goal,
+                is_pooled=isinstance(strategy, Pooled),
             )
         return self._pools[key]
 
