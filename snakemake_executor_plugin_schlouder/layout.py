@@ -20,6 +20,9 @@ _EDGE = 1e-6
 _REFITS = 8
 _TRIALS = 6
 
+LARGE = 1000
+"""Tasks from which on a batch counts as large."""
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -86,19 +89,18 @@ class Batch:
         of the time until then) of it."""
         bounds = sorted((self._finish_bound(new), new) for new in self._choices())
         best = min(
-            (self._unlimited(new) for _, new in bounds[:_TRIALS]),
+            (self._unlimited(new) for _, new in bounds[: self._trials]),
             key=lambda layout: (layout.finish, layout.new),
         )
         limit = best.finish + tolerance * (best.finish - self.now)
         few, many = min(self._choices()), best.new
         while few < many:
             middle = (few + many) // 2
-            layout = self._unlimited(middle)
-            if layout.finish <= limit:
-                best, many = layout, middle
+            if self._ends_by(limit, middle):
+                many = middle
             else:
                 few = middle + 1
-        return best
+        return self._unlimited(many) if many < best.new else best
 
     def cheapest(self, by: float) -> Layout:
         """The least cost of all layouts that end `by` a date, and of equal ones the first to finish;
@@ -106,7 +108,7 @@ class Batch:
         bounds = sorted((self._cost_bound(new, by), -new) for new in self._choices())
         best = Layout()
         for tried, (bound, new) in enumerate(bounds):
-            if best.fits and (bound > best.cost + _EDGE or tried >= _TRIALS):
+            if best.fits and (bound > best.cost + _EDGE or tried >= self._trials):
                 break
             if tried >= 4 * _TRIALS:
                 break
@@ -144,6 +146,20 @@ class Batch:
         return seat.asked + units * unit - margin
 
     # -- parts
+
+    @property
+    def is_large(self) -> bool:
+        """Whether sums tell as much as playing it through."""
+        return len(self.lengths) >= LARGE
+
+    @property
+    def _trials(self) -> int:
+        return 1 if self.is_large else _TRIALS
+
+    def _ends_by(self, date: float, new: int) -> bool:
+        if self.is_large:
+            return self._finish_bound(new) <= date
+        return self._unlimited(new).finish <= date
 
     def _choices(self) -> Iterable[int]:
         least = 0 if self.seats else 1

@@ -253,6 +253,16 @@ class VM:
             memory += task.need.memory
         return cpus <= self.type.cpus and memory <= self.type.node_memory
 
+    @property
+    def free_cpus(self) -> int:
+        """As `free`, the CPUs alone."""
+        cpus = self.type.cpus
+        for task in self.active.values():
+            cpus -= task.need.cpus
+        for task in self.queue:
+            cpus -= task.need.cpus
+        return cpus
+
     def free(self) -> Need:
         """What is left beside all that runs there and is planned for it."""
         cpus, memory = self.type.cpus, self.type.node_memory

@@ -210,7 +210,7 @@ class Pool:
         only, while there are many left for everybody."""
         if vm.state != VMState.READY:
             return False
-        if vm.free().cpus > 0:
+        if vm.free_cpus > 0:
             return True
         ahead = vm.has_room(Need(0, 0)) and not vm.queue
         many = len(self.backlog) >= 2 * len(self.fleet)

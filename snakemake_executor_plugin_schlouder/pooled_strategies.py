@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from .fleet import Fleet
-from .layout import Batch, Layout, Seat
+from .layout import LARGE, Batch, Layout, Seat
 from .model import VM, Task
 from .pool import Pool
 
@@ -19,9 +19,6 @@ _CARE = 5.0
 """How many times the doubt about estimates a deadline is kept clear of: it cannot be bought back."""
 
 _HALVINGS = 8
-
-_LARGE = 1000
-"""Tasks from which on a batch counts as large."""
 
 _RESERVE = 0.02
 """Share of a budget that plans leave alone."""
@@ -71,14 +68,14 @@ class Pooled:
         """What `vm`, which has room, is to run next: the longest task that ends before its stop."""
         if vm.name not in self._stops:
             self._stops[vm.name] = self._unnamed.pop(0) if self._unnamed else math.inf
-        begin = pool.fleet.now if vm.free().cpus > 0 else pool.fleet.idle_at(vm)
+        begin = pool.fleet.now if vm.free_cpus > 0 else pool.fleet.idle_at(vm)
         room = self._stops[vm.name] - begin
         return pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
 
     def _is_outdated(self, pool: Pool) -> bool:
         """A tenth of the batch has gone; of a large one, whose sums are firm and whose layout is
         long to find, a quarter."""
-        part = 10 if self._planned_for < _LARGE else 4
+        part = 10 if self._planned_for < LARGE else 4
         return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // part)
 
 
