@@ -13,11 +13,15 @@ from snakemake_executor_plugin_schlouder.simulate import Scenario, simulate
 from snakemake_executor_plugin_schlouder.tasklist import RecordedTask, TaskList
 
 TASKS, VMS = 100_000, 1000
+REPEATS = 2
+"""The better of two: machines are noisy, and nothing makes a program faster than it is."""
 
 
 def scale_rows() -> Iterator[Row]:
     for strategy in ("asap", "afap", "cheapest", "fastest"):
-        half, whole = (_seconds(strategy, count) for count in (TASKS // 2, TASKS))
+        half, whole = (
+            min(_seconds(strategy, count) for _ in range(REPEATS)) for count in (TASKS // 2, TASKS)
+        )
         each = whole / TASKS * 1e6
         name = f"simulator, {strategy}, {TASKS:,} tasks on {VMS:,} VMs"
         yield Row(f"{name}: CPU time a task", f"{each:.0f} us", "<= 100 us", each <= 100)

@@ -104,10 +104,12 @@ class Batch:
 
     def cheapest(self, by: float) -> Layout:
         """The least cost of all layouts that end `by` a date, and of equal ones the first to finish;
-        where none ends by then, the one that leaves least."""
+        where none is found, one that does not fit."""
         bounds = sorted((self._cost_bound(new, by), -new) for new in self._choices())
         best = Layout()
         for tried, (bound, new) in enumerate(bounds):
+            if bound == math.inf:
+                break
             if best.fits and (bound > best.cost + _EDGE or tried >= self._trials):
                 break
             if tried >= 4 * _TRIALS:

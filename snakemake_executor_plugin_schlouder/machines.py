@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 from .model import VM, VMState
 
-_BOOTING = (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
-
 
 class Machines:
     """All VMs by name, in the order of their request; and sets of them, kept by `move` and `note`.
 
-    `idle` are ready and have nothing to do, each with the date at which it may have to go.
+    `idle` are ready and have nothing to do, each with the date at which it may have to go; `alive` is
+    how many are not gone, and count towards the cap.
     """
 
     def __init__(self) -> None:
@@ -22,6 +21,7 @@ class Machines:
         self._in: dict[VMState, dict[str, VM]] = {state: {} for state in VMState}
         self._feedable: dict[str, VM] = {}
         self.idle: dict[str, VM] = {}
+        self.alive = 0
         self._retirements: list[tuple[float, str, float]] = []
 
     def __iter__(self) -> Iterator[VM]:
@@ -35,12 +35,14 @@ class Machines:
 
     def add(self, vm: VM) -> None:
         self._all[vm.name] = vm
+        self.alive += 1
         self._in[vm.state][vm.name] = vm
         self.note(vm)
 
     def move(self, vm: VM, state: VMState) -> None:
         """Gives `vm` another state."""
         self._in[vm.state].pop(vm.name, None)
+        self.alive -= state == VMState.GONE != vm.state
         vm.state = state
         self._in[state][vm.name] = vm
         self.note(vm)
@@ -63,15 +65,6 @@ class Machines:
 
     def has(self, *states: VMState) -> bool:
         return any(self._in[state] for state in states)
-
-    @property
-    def booting(self) -> int:
-        return sum(len(self._in[state]) for state in _BOOTING)
-
-    @property
-    def alive(self) -> int:
-        """How many are not gone, and count towards the cap."""
-        return sum(len(vms) for state, vms in self._in.items() if state != VMState.GONE)
 
     @property
     def unsettled(self) -> bool:

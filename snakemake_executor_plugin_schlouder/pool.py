@@ -58,7 +58,7 @@ class Backlog:
         """Removes `task`, and notes what it is expected to take."""
         estimate = _estimate(task)
         tasks = self._rules[task.rule]
-        at = bisect_right(tasks, estimate, key=_length) - 1
+        at = bisect_right(tasks, (estimate, math.inf)) - 1
         while tasks[at][2] is not task:
             at -= 1
         del tasks[at]

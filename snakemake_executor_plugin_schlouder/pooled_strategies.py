@@ -74,8 +74,8 @@ class Pooled:
 
     def _is_outdated(self, pool: Pool) -> bool:
         """A tenth of the batch has gone; of a large one, whose sums are firm and whose layout is
-        long to find, a quarter."""
-        part = 10 if self._planned_for < LARGE else 4
+        long to find, a third."""
+        part = 10 if self._planned_for < LARGE else 3
         return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // part)
 
 

@@ -107,6 +107,9 @@ _OUTLIER = 5.0
 _HUNG = 20.0
 _FEW = 10
 
+_REFIT = 1.02
+"""A line is fitted anew when this times the tasks it rests on have ended."""
+
 
 @dataclass
 class _Sums:
@@ -152,6 +155,7 @@ class Walltimes:
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
         self._lines: dict[str, Line] = {}
+        self._fitted_with: dict[str, float] = {}
         self._all = _Sums()
 
     @property
@@ -179,7 +183,8 @@ class Walltimes:
             sums.xx += x * x
             sums.xy += x * y
             sums.yy += y * y
-        self._lines.pop(rule, None)
+        if self._sums[rule].n > _REFIT * self._fitted_with.get(rule, 0.0):
+            self._lines.pop(rule, None)
 
     def _trimmed(self, rule: str, estimate: float, took: float) -> float:
         """A task that hung says little about the others: it counts as far as it may be noise."""
@@ -189,6 +194,8 @@ class Walltimes:
         expected = line(estimate)
         if self._sums[rule].n < _FEW:
             return min(took, _HUNG * max(expected, estimate, 1.0))
+        if abs(took - expected) <= _OUTLIER * line.noise:
+            return took
         reach = _OUTLIER * line.spread(estimate)
         return min(expected + reach, max(expected - reach, took))
 
@@ -196,6 +203,7 @@ class Walltimes:
         """From estimate to walltime; None before anything was learned."""
         if rule not in self._lines and rule in self._sums:
             self._lines[rule] = _fitted(self._sums[rule])
+            self._fitted_with[rule] = self._sums[rule].n
         return self._lines.get(rule)
 
     def expected(self, rule: str, estimate: float | None) -> float:
