@@ -12,10 +12,11 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from .broker import Broker, BrokerConfig
 from .dag import Dag
 from .history import Boot, History, Walltime, history_path
 from .journal import Journal, RunRecord, journal_path
-from .model import InstanceType, SchlouderError, Task, TaskState
+from .model import VM, InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
@@ -287,8 +288,16 @@ class Executor(RemoteExecutor):
         """What this run has shown, for the next ones."""
         if self._broker is None or self._history is None:
             return
-        vms = {vm.name: vm for vm in self._broker.vms()}
-        self._history.add(
+        history, self._history = self._history, None
+        try:
+            self._remember(history, self._broker.vms())
+        except sqlite3.Error as error:
+            self.logger.warning(f"The history cannot be written ({error}); it lacks this run.")
+        history.close()
+
+    def _remember(self, history: History, used: Iterable[VM]) -> None:
+        vms = {vm.name: vm for vm in used}
+        history.add(
             [
                 Walltime(t.rule, t.strategy, vms[t.vm].type.name, t.planned, took, t.ended or 0.0)
                 for t in self._complete
@@ -300,8 +309,6 @@ class Executor(RemoteExecutor):
                 if vm.boot_time is not None
             ],
         )
-        self._history.close()
-        self._history = None
 
     @property
     def _workdir(self) -> Path:

@@ -1,0 +1,110 @@
+"""cheapest, fastest, deadline and budget: what they promise on small batches, and on generated ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as values
+from rig import Rig
+
+from snakemake_executor_plugin_schlouder.model import Billing, TaskState
+from snakemake_executor_plugin_schlouder.pool import Goal
+from snakemake_executor_plugin_schlouder.prediction import LinearBoots
+from snakemake_executor_plugin_schlouder.simulate import Outcome, Scenario, simulate
+from snakemake_executor_plugin_schlouder.tasklist import RecordedTask, TaskList
+
+HOURS = Billing(3600, 0, 50)
+SECONDS = Billing(1, 60, 50)
+POOLED = ("cheapest", "fastest", "deadline", "budget")
+
+
+def batch(*reals: float, estimate: float = 1.0) -> TaskList:
+    """Tasks that come at once; estimates are `estimate` times what they take."""
+    return TaskList(
+        tuple(RecordedTask(f"t{n}.mgf", 0, r * estimate, r) for n, r in enumerate(reals))
+    )
+
+
+def played(tasks: TaskList, strategy: str, billing: Billing = HOURS, **more: object) -> Outcome:
+    vms = int(str(more.pop("max_vms", 10)))
+    boots = LinearBoots(40, 0)
+    return simulate(tasks, Scenario(strategy, vms, billing, boots, **more))  # type: ignore[arg-type]
+
+
+def test_cheapest_pays_the_hours_the_work_needs_and_no_more() -> None:
+    outcome = played(batch(*[500] * 60), "cheapest")
+    assert outcome.units <= math.ceil(60 * 500 / 3600) + 1
+
+
+def test_cheapest_is_not_fooled_by_estimates_that_are_too_low() -> None:
+    """Where afap starts another hour on every VM for a task that does not end in the paid one."""
+    tasks = batch(*[500 + n % 7 for n in range(80)], estimate=0.8)
+    ours, afap = played(tasks, "cheapest"), played(tasks, "afap")
+    assert ours.units < afap.units
+    assert ours.makespan <= 1.25 * afap.makespan
+
+
+def test_fastest_runs_the_longest_first() -> None:
+    tasks = batch(*[100] * 12, 600)
+    assert played(tasks, "fastest", max_vms=3).makespan <= 40 + 620
+    assert played(tasks, "asap", max_vms=3).makespan > 800
+
+
+def test_a_deadline_is_met_with_fewer_vms_than_it_would_take_to_be_fastest() -> None:
+    tasks = batch(*[100] * 40)
+    soon = played(tasks, "deadline", SECONDS, goal=Goal(deadline=1200))
+    late = played(tasks, "deadline", SECONDS, goal=Goal(deadline=6000))
+    assert soon.makespan <= 1200
+    assert late.makespan <= 6000
+    assert late.vms < soon.vms <= 10
+
+
+def test_a_deadline_that_cannot_be_met_ends_the_run_as_soon_as_it_can() -> None:
+    tasks = batch(*[100] * 40)
+    assert played(tasks, "deadline", goal=Goal(deadline=50)).makespan <= 40 + 4 * 100 + 20
+
+
+def test_a_budget_is_kept_and_used() -> None:
+    tasks = batch(*[500] * 40)
+    tight = played(tasks, "budget", goal=Goal(budget=7 * 3600))
+    ample = played(tasks, "budget", goal=Goal(budget=20 * 3600))
+    assert tight.units <= 7
+    assert ample.units <= 20
+    assert ample.makespan < tight.makespan
+
+
+def test_a_budget_below_the_work_loses_no_task() -> None:
+    assert played(batch(*[500] * 20), "budget", goal=Goal(budget=60)).busy == 10000
+
+
+@pytest.mark.parametrize("strategy", POOLED)
+def test_tasks_of_a_lost_vm_run_elsewhere(strategy: str, tmp_path: object) -> None:
+    rig = Rig(tmp_path, goal=Goal(10000.0, 100000.0), max_vms=2)  # type: ignore[arg-type]
+    rig.cloud.allow_kill = True
+    rig.give(6, strategy, seconds=20)
+    rig.run(15)
+    rig.world.kill_machine(rig.world.alive()[0])
+    rig.run(300)
+    assert rig.states() == [TaskState.COMPLETE] * 6
+    assert rig.world.twice_at_a_time() == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    values.lists(values.integers(1, 3000), min_size=1, max_size=30),
+    values.sampled_from(POOLED),
+    values.sampled_from([HOURS, SECONDS, Billing(60, 0, 50)]),
+    values.integers(1, 6),
+    values.sampled_from([0.1, 0.8, 1.0, 3.0]),
+)
+def test_every_batch_ends(
+    reals: list[int], strategy: str, billing: Billing, max_vms: int, estimate: float
+) -> None:
+    goal = Goal(5000.0, 20000.0)
+    tasks = batch(*(float(real) for real in reals), estimate=estimate)
+    outcome = played(tasks, strategy, billing, goal=goal, max_vms=max_vms)
+    assert outcome.busy == sum(reals)
+    assert outcome.makespan >= max(reals)
+    assert outcome.billed >= outcome.busy
