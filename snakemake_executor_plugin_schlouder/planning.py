@@ -81,7 +81,8 @@ class Planner:
         """What `vm` does, or is to do, has changed."""
         pool = self._pool_of.get(vm.name)
         if pool is not None and pool.is_pooled:
-            pool.touched[vm.name] = vm
+            if pool.takes_more(vm):
+                pool.touched[vm.name] = vm
         elif pool is not None:
             pool.fleet.update(vm)
         if not vm.is_booting:

@@ -47,6 +47,8 @@ class Pooled:
         self._stops: dict[str, float] = {}
         self._unnamed: list[float] = []
         self._planned_for = 0
+        self._refused: set[tuple[str, float]] = set()
+        self._has_refused = False
 
     @abstractmethod
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
@@ -64,6 +66,7 @@ class Pooled:
         self._stops = {seat.name: batch.paid_until(seat, layout) for seat in batch.seats}
         self._unnamed = [batch.paid_until(seat, layout) for seat in batch.offers[: layout.new]]
         self._planned_for = len(pool.backlog)
+        self._has_refused = False
         pool.is_stale = True
         return layout.new
 
@@ -72,14 +75,24 @@ class Pooled:
         if vm.name not in self._stops:
             self._stops[vm.name] = self._unnamed.pop(0) if self._unnamed else math.inf
         begin = pool.fleet.now if vm.free_cpus > 0 else pool.fleet.idle_at(vm)
-        room = self._stops[vm.name] - begin
-        return pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
+        stop = self._stops[vm.name]
+        room = stop - begin
+        task = pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
+        if task is None and (vm.name, stop) not in self._refused:
+            self._refused.add((vm.name, stop))
+            self._has_refused = True
+        return task
 
     def _is_outdated(self, pool: Pool) -> bool:
-        """A tenth of the batch has gone; of a large one, whose sums are firm and whose layout is
-        long to find, a third."""
-        part = 10 if self._planned_for < LARGE else 3
-        return self._planned_for - len(pool.backlog) >= max(1, self._planned_for // part)
+        """A tenth of the batch has gone, or a VM came to its stop; of a large batch, whose sums are firm
+        and whose layout is long to find, a third, or with a stop a fiftieth."""
+        is_large = self._planned_for >= LARGE
+        if self._has_refused:
+            part = 50 if is_large else math.inf
+        else:
+            part = 3 if is_large else 10
+        gone = self._planned_for - len(pool.backlog)
+        return gone >= self._planned_for // part and (gone > 0 or self._has_refused)
 
 
 class Cheapest(Pooled):
