@@ -64,7 +64,7 @@ class Executor(RemoteExecutor):
         self._history: History | None = None
         self._walltimes = Walltimes()
         self._complete: list[Task] = []
-        self._region = ""
+        self._place = ""
         self._ended: dict[str, Task] = {}
         self._dropped = 0
         self._reported = False
@@ -203,7 +203,8 @@ class Executor(RemoteExecutor):
             order=config.order,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
-        self._region = cloud.region
+        aws = "amazonaws.com" in cloud.endpoint
+        self._place = cloud.region if aws else f"{cloud.region}, not AWS"
         self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, jobs)
         self._broker.expect(self._announcements(jobs))
         atexit.register(self._give_back)
@@ -220,7 +221,7 @@ class Executor(RemoteExecutor):
     ) -> Broker:
         history = self._open_history()
         self._history, self._walltimes = history, history.walltimes()
-        boots = history.boots(config.types[0].name)
+        boots = history.boots(config.types[0].name, self._place)
         if not self._config.record:
             return Broker(
                 config,
@@ -304,7 +305,7 @@ class Executor(RemoteExecutor):
                 if t.vm in vms and (took := t.took) is not None
             ],
             [
-                Boot(vm.type.name, self._region, vm.boot_time, vm.beside, vm.requested)
+                Boot(vm.type.name, self._place, vm.boot_time, vm.beside, vm.requested)
                 for vm in vms.values()
                 if vm.boot_time is not None
             ],
@@ -326,17 +327,15 @@ class Executor(RemoteExecutor):
 
     def _walltime(self, job: Any) -> float:
         try:
-            planned = self._planned(_file_name(job.name), self._settings(job))
+            planned = self._planned(self._settings(job))
         except SchlouderError:
             planned = None
         return self._walltimes.expected(_file_name(job.name), planned)
 
-    def _planned(self, rule: str, settings: RuleSettings) -> float | None:
-        """What the user says a job takes. `runtime` is a limit and only counts where nothing better is
-        known: neither schlouder_walltime nor earlier jobs of the rule."""
-        if settings.planned is not None or self._walltimes.knows(rule):
-            return settings.planned
-        return settings.limit
+    def _planned(self, settings: RuleSettings) -> float | None:
+        """What the user says a job takes, or else that it takes at most; what is learned of a rule is
+        learned against that."""
+        return settings.limit if settings.planned is None else settings.planned
 
     def _rules(self, jobs: list[Any]) -> list[tuple[str, RuleSettings]]:
         """What the jobs ask for, once for each rule and demand; all wrong resources in one error."""
@@ -353,9 +352,7 @@ class Executor(RemoteExecutor):
 
     def _announcements(self, jobs: list[Any]) -> list[Announcement]:
         settings = [(_file_name(job.name), self._settings(job)) for job in jobs]
-        return [
-            Announcement(s.strategy, rule, s.need, self._planned(rule, s)) for rule, s in settings
-        ]
+        return [Announcement(s.strategy, rule, s.need, self._planned(s)) for rule, s in settings]
 
     def _planned_jobs(self, jobs: list[Any]) -> list[PlannedJob]:
         """The workflow's graph as far as it is known; a look ahead like `_jobs_ahead`."""
@@ -368,7 +365,7 @@ class Executor(RemoteExecutor):
             settings = self._settings(job)
             after = tuple(names[other] for other in dependencies.get(job, ()) if other in names)
             rule = _file_name(job.name)
-            estimate = self._planned(rule, settings)
+            estimate = self._planned(settings)
             planned.append(PlannedJob(name, rule, settings.need, estimate, after))
         return planned
 
@@ -391,7 +388,8 @@ class Executor(RemoteExecutor):
             command=self.format_job_exec(job),
             ends_run=self._ends_run(job),
             limit=settings.limit,
-            planned=self._planned(_file_name(job.name), settings),
+            planned=self._planned(settings),
+            is_limit=settings.planned is None,
         )
         self._places.note(job, task)
         return task

@@ -117,15 +117,18 @@ class History:
         return learned
 
     def boots(
-        self, instance_type: str | None = None, rule: BootPredictor | None = None
+        self,
+        instance_type: str | None = None,
+        region: str | None = None,
+        rule: BootPredictor | None = None,
     ) -> LearnedBoots:
-        """A predictor that has learned the latest boots of this type, or of all; `rule` is what it
-        corrects."""
+        """A predictor that has learned the latest boots of this type and region, or of all; `rule` is
+        what it corrects."""
         with self._transaction() as db:
             rows = db.execute(
                 "SELECT seconds, booting FROM boots WHERE instance_type = coalesce(?, instance_type)"
-                " ORDER BY date DESC LIMIT ?",
-                (instance_type, LATEST),
+                " AND region = coalesce(?, region) ORDER BY date DESC LIMIT ?",
+                (instance_type, region, LATEST),
             ).fetchall()
         learned = LearnedBoots(rule)
         for seconds, booting in reversed(rows):

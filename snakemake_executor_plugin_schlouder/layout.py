@@ -26,13 +26,22 @@ LARGE = 1000
 
 @dataclass(frozen=True)
 class Seat:
-    """A place where tasks can run: a VM that there is, or one that would be `new`. `free` is when it
-    could begin the next task, `asked` when its meter started, or would start."""
+    """A VM that there is, or one that would be `new`. `frees`: when each of the tasks that it can run side
+    by side could begin; `asked`: when its meter started, or would start."""
 
     name: str
-    free: float
+    frees: tuple[float, ...]
     asked: float
     new: bool = False
+
+    @property
+    def free(self) -> float:
+        """When nothing of what is planned for it runs any more."""
+        return max(self.frees)
+
+    def room(self, stop: float) -> float:
+        """Seconds of work that fit until `stop`."""
+        return sum(max(0.0, stop - free) for free in self.frees)
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,10 @@ class Batch:
         if not self.has_long_units:
             return math.inf
         unit, margin = self.billing.unit, self.billing.margin
-        if layout.stops[seat.name] == math.inf:
+        stop = layout.stops.get(seat.name, math.inf)
+        if stop == math.inf:
             return math.inf
-        units = math.ceil((layout.stops[seat.name] - seat.asked + margin - _EDGE) / unit)
+        units = math.ceil((stop - seat.asked + margin - _EDGE) / unit)
         return seat.asked + units * unit - margin
 
     # -- parts
@@ -177,7 +187,8 @@ class Batch:
     def _finish_bound(self, new: int) -> float:
         """When all seats would end at once if work could be cut anywhere."""
         total, level = self.work, math.inf
-        for count, free in enumerate(sorted(seat.free for seat in self._seats(new)), 1):
+        frees = sorted(free for seat in self._seats(new) for free in seat.frees)
+        for count, free in enumerate(frees, 1):
             if level <= free:
                 break
             total += free
@@ -187,13 +198,15 @@ class Batch:
     def _cost_bound(self, new: int, by: float) -> float:
         """Billed seconds if work could be cut anywhere; infinite if it could not end by then."""
         seats = self._seats(new)
-        if sum(max(0.0, by - seat.free) for seat in seats) < self.work - _EDGE:
+        if sum(seat.room(by) for seat in seats) < self.work - _EDGE:
             return math.inf
         if not self.has_long_units:
-            return self.work + sum(seat.free - seat.asked for seat in seats)
+            side_by_side = max(len(seat.frees) for seat in seats)
+            return self.work / side_by_side + sum(min(seat.frees) - seat.asked for seat in seats)
         stops = {seat.name: self._unit_end(seat, by) for seat in seats}
-        lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
-        extensions = max(0, math.ceil(lacking / self.billing.unit))
+        lacking = self.work - sum(seat.room(stops[seat.name]) for seat in seats)
+        most = max(len(seat.frees) for seat in seats) * self.billing.unit
+        extensions = max(0, math.ceil(lacking / most))
         return self._base() + (new + extensions) * self.billing.unit
 
     def _base(self) -> float:
@@ -209,10 +222,11 @@ class Batch:
         if not self.has_long_units:
             return self._play(seats, dict.fromkeys((seat.name for seat in seats), by))
         stops = {seat.name: self._unit_end(seat, by) for seat in seats}
-        lacking = self.work - sum(max(0.0, stops[s.name] - s.free) for s in seats)
+        lacking = self.work - sum(seat.room(stops[seat.name]) for seat in seats)
+        width = max(len(seat.frees) for seat in seats)
         found = Layout()
         for _ in range(_REFITS):
-            could = self._extend(stops, lacking, by)
+            could = self._extend(stops, lacking / width, by)
             found = self._play(seats, stops)
             lacking = found.left
             if found.fits or not could:
@@ -247,7 +261,7 @@ def play(
     rising = lengths[::-1]
     there = list(range(len(rising) + 1))
     ends = {seat.name: seat.free for seat in seats}
-    heap = [(seat.free, number, seat.name) for number, seat in enumerate(seats)]
+    heap = [(free, number, s.name) for number, s in enumerate(seats) for free in s.frees]
     heapq.heapify(heap)
     top, left = len(rising), sum(lengths)
     while heap and top:
@@ -260,7 +274,9 @@ def play(
         there[at] = at - 1
         top = _still(there, top)
         left -= rising[at - 1]
-        ends[name] = end = date + rising[at - 1]
+        end = date + rising[at - 1]
+        if end > ends[name]:
+            ends[name] = end
         heapq.heapreplace(heap, (end, number, name))
     return (left if top else 0.0), ends
 

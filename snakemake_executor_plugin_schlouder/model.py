@@ -135,11 +135,11 @@ class Task:
     """One Snakemake job (or group job) on its way through the broker.
 
     `limit` is the rule's `runtime` in seconds, `planned` what the user says it takes
-    (`schlouder_walltime`, else `runtime`), `expected` what was planned with, `attempt` counts the
-    submissions to Slurm, `losses` the machines that were lost under it. `recalled`: we cancelled the
-    submission and will make another. `started` and `ended` are Slurm's times of the last attempt. The
-    failure of a task with `ends_run` ends the run. `after` holds the keys of the tasks it waited for,
-    `level` and `rank` (s) are its place in the workflow (`order.Place`), as far as known.
+    (`schlouder_walltime`, else `runtime`, which `is_limit`), `expected` what was planned with,
+    `attempt` counts the submissions to Slurm, `losses` the machines that were lost under it.
+    `recalled`: we cancelled the submission and will make another. `started` and `ended` are Slurm's
+    times of the last attempt. The failure of a task with `ends_run` ends the run. `after` are the tasks
+    it waited for, `level` and `rank` (s) its place in the workflow (`order.Place`), as far as known.
     """
 
     key: str
@@ -152,6 +152,7 @@ class Task:
     ends_run: bool = False
     limit: float | None = None
     planned: float | None = None
+    is_limit: bool = False
     expected: float | None = None
     state: TaskState = TaskState.PENDING
     received: float = 0.0
@@ -279,6 +280,15 @@ class VM:
         """Predicted date at which all that is planned for it is done. What runs longer than planned
         is taken to end now."""
         return max(self.free_at, now + self.unstarted)
+
+    def frees(self, slots: int, now: float) -> tuple[float, ...]:
+        """When each of `slots` tasks side by side could begin its next one."""
+        if slots == 1:
+            return (self.idle_at(now),)
+        up = max(now, self.requested + self.boot_planned) if self.is_booting else now
+        ends = [max(now, (task.started or now) + task.walltime) for task in self.active.values()]
+        ends += [up + task.walltime for task in self.queue]
+        return tuple(sorted([*ends, *[up] * slots], reverse=len(ends) > slots)[-slots:])
 
     def share(self, task: Task) -> float:
         """Seconds `task` adds to the idle date: its CPU seconds, spread over the machine's CPUs."""

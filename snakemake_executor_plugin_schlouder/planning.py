@@ -192,8 +192,9 @@ class Planner:
         return own or self._order
 
     def _expect(self, task: Task) -> None:
-        if task.planned is None:
-            task.expected = self._walltimes.expected(task.rule, None)
+        """The user's word counts; where there is none, or only a limit, what was learned of the rule."""
+        if task.planned is None or task.is_limit:
+            task.expected = self._walltimes.expected(task.rule, task.planned)
 
     # -- strategies that choose a VM for each task
 
@@ -265,7 +266,7 @@ class Planner:
 
     def _feed(self, pool: Pool, round_: _Round) -> None:
         """Every VM with room is asked for; one that got nothing is asked for again when the plan or
-        something on it has changed. A pool in which nothing moves is given its longest task."""
+        something on it has changed. Where nothing runs at all the plan is overruled."""
         takers = list(pool.fleet) if pool.is_stale else list(pool.touched.values())
         pool.is_stale = False
         pool.touched.clear()
@@ -276,10 +277,15 @@ class Planner:
                     break
                 self._assign(pool.backlog.take(task), vm, pool, round_)
         idle = [vm for vm in takers if vm.state == VMState.READY and vm.is_unused]
-        if idle and pool.backlog and not pool.moves:
-            longest = pool.backlog.longest(idle[0])
+        if idle and pool.backlog and not pool.runs:
+            self._feed_by_force(idle, pool, round_)
+
+    def _feed_by_force(self, idle: Sequence[VM], pool: Pool, round_: _Round) -> None:
+        """Every idle VM gets the longest task, whatever the plan says of its stop."""
+        for vm in idle:
+            longest = pool.backlog.longest(vm)
             if longest is not None:
-                self._assign(pool.backlog.take(longest), idle[0], pool, round_)
+                self._assign(pool.backlog.take(longest), vm, pool, round_)
 
     # -- both
 

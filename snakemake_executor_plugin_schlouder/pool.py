@@ -74,13 +74,27 @@ class Backlog:
         self._size = 0
         return tasks
 
-    def shares(self, cpus: int) -> list[float]:
-        """Seconds each task adds to a VM with so many CPUs, the largest first."""
+    def lengths(self) -> list[float]:
+        """Seconds each task is expected to take, the longest first."""
         found: list[float] = []
         for rule, tasks in self._rules.items():
             line = self._line(rule)
-            found += [line(estimate) * task.need.cpus / cpus for estimate, _, task in tasks]
+            found += [line(estimate) for estimate, _, _ in tasks]
         return sorted(found, reverse=True)
+
+    def surely(self, task: Task) -> float:
+        """Seconds `task` all but surely does not exceed."""
+        line = self._line(task.rule)
+        return line(_estimate(task)) + SURELY * line.spread(_estimate(task))
+
+    @property
+    def widest(self) -> Need:
+        """The most CPUs and the most memory any task takes."""
+        cpus, memory = 1, 0
+        for tasks in self._rules.values():
+            for _, _, task in tasks:
+                cpus, memory = max(cpus, task.need.cpus), max(memory, task.need.memory)
+        return Need(cpus, memory)
 
     @property
     def doubt(self) -> float:
@@ -152,11 +166,11 @@ class Future:
             if not self._tasks[key]:
                 del self._tasks[key]
 
-    def shares(self, cpus: int) -> list[float]:
-        """Seconds each task will add to a VM with so many CPUs."""
+    def lengths(self) -> list[float]:
+        """Seconds each task will take."""
         found: list[float] = []
-        for (rule, planned, width), count in self._tasks.items():
-            found += [self._walltimes.foreseen(rule, planned) * width / cpus] * count
+        for (rule, planned, _), count in self._tasks.items():
+            found += [self._walltimes.foreseen(rule, planned)] * count
         return found
 
     @property
@@ -217,14 +231,23 @@ class Pool:
         return ahead and many and all(task.walltime <= SHORT for task in vm.active.values())
 
     @property
+    def slots(self) -> int:
+        """How many tasks a VM runs side by side, all of them as wide as the widest that waits."""
+        if self.kind.cpus == 1:
+            return 1
+        need = self.backlog.widest
+        by_memory = self.kind.node_memory // need.memory if need.memory else self.kind.cpus
+        return max(1, min(self.kind.cpus // need.cpus, by_memory))
+
+    @property
     def money_left(self) -> float:
         """Billed seconds that the budget leaves for the VMs there are and will be."""
         return self.goal.budget - self.spent
 
     @property
-    def moves(self) -> bool:
-        """Whether anything runs, or is about to."""
-        return any(vm.is_booting or not vm.is_unused for vm in self.fleet)
+    def runs(self) -> bool:
+        """Whether any of its VMs has something to do."""
+        return any(not vm.is_unused for vm in self.fleet)
 
 
 def _estimate(task: Task) -> float:

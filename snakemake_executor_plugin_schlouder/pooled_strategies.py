@@ -78,21 +78,31 @@ class Pooled:
         stop = self._stops[vm.name]
         room = stop - begin
         task = pool.backlog.longest(vm, room, room + pool.fleet.billing.margin)
+        if task is None:
+            task = self._too_long_for_slack(vm, room, pool)
         if task is None and (vm.name, stop) not in self._refused:
             self._refused.add((vm.name, stop))
             self._has_refused = True
         return task
 
+    def _too_long_for_slack(self, vm: VM, room: float, pool: Pool) -> Task | None:
+        """A task that would not fit with slack into any paid unit runs where it is expected to fit."""
+        billing, boot_time = pool.fleet.billing, pool.fleet.boot_time
+        task = pool.backlog.longest(vm, room)
+        if task is None:
+            return None
+        whole = billing.unit - boot_time - billing.margin
+        return task if pool.backlog.surely(task) > whole else None
+
     def _is_outdated(self, pool: Pool) -> bool:
         """A tenth of the batch has gone, or a VM came to its stop; of a large batch, whose sums are firm
         and whose layout is long to find, a third, or with a stop a fiftieth."""
         is_large = self._planned_for >= LARGE
-        if self._has_refused:
-            part = 50 if is_large else math.inf
-        else:
-            part = 3 if is_large else 10
         gone = self._planned_for - len(pool.backlog)
-        return gone >= self._planned_for // part and (gone > 0 or self._has_refused)
+        if self._has_refused and not is_large:
+            return True
+        part = 50 if self._has_refused else 3 if is_large else 10
+        return gone >= max(1, self._planned_for // part)
 
 
 class Cheapest(Pooled):
@@ -191,26 +201,37 @@ def _with_all(batch: Batch, pool: Pool) -> Batch:
     one by one, when the tasks are there."""
     if batch.has_long_units:
         return batch
-    lengths = [*batch.lengths, *pool.future.shares(pool.kind.cpus)]
+    lengths = [*batch.lengths, *pool.future.lengths()]
     return replace(batch, lengths=lengths, width=len(lengths))
 
 
 def _batch(pool: Pool, counts_on: int) -> Batch:
     """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
     fleet = pool.fleet
+    slots = pool.slots
     seats = [
-        Seat(vm.name, fleet.idle_at(vm), vm.requested if vm.meter is None else vm.meter)
+        Seat(
+            vm.name,
+            vm.frees(slots, fleet.now),
+            vm.requested if vm.meter is None else vm.meter,
+        )
         for vm in fleet
     ]
     announced = len(pool.backlog) + len(pool.future)
     offers = [
-        Seat(f"new {number}", fleet.now + pool.boot_time(number), fleet.now, True)
+        Seat(f"new {number}", (fleet.now + pool.boot_time(number),) * slots, fleet.now, True)
         for number in range(min(pool.room, announced))
     ]
-    lengths = pool.backlog.shares(pool.kind.cpus)
+    lengths = pool.backlog.lengths()
     if counts_on == 1 or (counts_on and pool.future.is_known):
-        future = sorted(pool.future.shares(pool.kind.cpus))
+        future = sorted(pool.future.lengths())
         lengths = sorted([*lengths, *future[::counts_on]], reverse=True)
     return Batch(
-        fleet.now, lengths, seats, offers, fleet.billing, fleet.boot_time, len(pool.backlog)
+        fleet.now,
+        lengths,
+        seats,
+        offers,
+        fleet.billing,
+        fleet.boot_time,
+        math.ceil(len(pool.backlog) / slots),
     )

@@ -18,7 +18,7 @@ BOOT = 60.0
 
 def batch(*lengths: float, vms: int = 10, billing: Billing = HOURS) -> Batch:
     """A batch at date 0 that may start `vms` VMs."""
-    offers = [Seat(f"new {n}", BOOT, 0.0, True) for n in range(vms)]
+    offers = [Seat(f"new {n}", (BOOT,), 0.0, True) for n in range(vms)]
     ordered = sorted(lengths, reverse=True)
     return Batch(0.0, ordered, [], offers, billing, BOOT, len(ordered))
 
@@ -67,7 +67,7 @@ BILLINGS = values.sampled_from([HOURS, SECONDS, Billing(60, 0, 50)])
 @given(LENGTHS, values.integers(1, 8))
 def test_play_loses_no_work(lengths: list[float], vms: int) -> None:
     ordered = sorted(lengths, reverse=True)
-    seats = [Seat(str(n), 0.0, 0.0) for n in range(vms)]
+    seats = [Seat(str(n), (0.0,), 0.0) for n in range(vms)]
     left, ends = play(ordered, seats, {seat.name: 1500.0 for seat in seats})
     assert left + sum(ends.values()) == pytest.approx(sum(lengths))
     assert all(end <= 1500.001 for end in ends.values())

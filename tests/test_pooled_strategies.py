@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as values
 from rig import Rig
 
-from snakemake_executor_plugin_schlouder.model import Billing, TaskState
+from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, TaskState
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.prediction import LinearBoots
 from snakemake_executor_plugin_schlouder.simulate import Outcome, Scenario, simulate
@@ -79,9 +80,54 @@ def test_a_budget_below_the_work_loses_no_task() -> None:
     assert played(batch(*[500] * 20), "budget", goal=Goal(budget=60)).busy == 10000
 
 
+@pytest.mark.parametrize("strategy", ["fastest", "cheapest"])
+@pytest.mark.parametrize(
+    ("seconds", "count", "cpus", "billing", "boot", "asap"),
+    [
+        (3300, 3, 1, HOURS, 60, 3360),
+        (7000, 4, 1, HOURS, 60, 7060),
+        (10000, 6, 1, HOURS, 60, 10060),
+        (1000, 3, 1, Billing(60, 60, 50), 5, 1005),
+        (5000, 8, 4, HOURS, 60, 5060),
+        (300, 20, 4, Billing(60, 60, 50), 5, 305),
+        (600, 16, 16, HOURS, 60, 660),
+    ],
+)
+def test_tasks_near_the_length_of_a_unit_or_side_by_side_do_not_queue_up(
+    strategy: str,
+    seconds: float,
+    count: int,
+    cpus: int,
+    billing: Billing,
+    boot: float,
+    asap: float,
+) -> None:
+    scenario = Scenario(
+        strategy, 20, billing, LinearBoots(boot, 0), types=(InstanceType("t", cpus, 8192),)
+    )
+    outcome = simulate(batch(*[seconds] * count), scenario)
+    assert outcome.makespan <= asap + 5
+    assert outcome.vms <= count
+
+
+def test_a_budget_that_is_spent_while_a_long_task_runs_stops_nothing() -> None:
+    tasks = TaskList((RecordedTask("a", 0, 3000, 3000), RecordedTask("b", 100, 100, 100)))
+    assert played(tasks, "budget", goal=Goal(budget=7200)).busy == 3100
+
+
+def test_a_limit_is_corrected_by_what_jobs_of_the_rule_took(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    known = [rig.give(1, "asap", seconds=20, planned=600.0, is_limit=True) for _ in range(30)]
+    rig.run(900)
+    (later,) = rig.give(1, "asap", seconds=20, planned=600.0, is_limit=True)
+    rig.tick()
+    assert len(known) == 30
+    assert later.walltime < 100
+
+
 @pytest.mark.parametrize("strategy", POOLED)
-def test_tasks_of_a_lost_vm_run_elsewhere(strategy: str, tmp_path: object) -> None:
-    rig = Rig(tmp_path, goal=Goal(10000.0, 100000.0), max_vms=2)  # type: ignore[arg-type]
+def test_tasks_of_a_lost_vm_run_elsewhere(strategy: str, tmp_path: Path) -> None:
+    rig = Rig(tmp_path, goal=Goal(10000.0, 100000.0), max_vms=2)
     rig.cloud.allow_kill = True
     rig.give(6, strategy, seconds=20)
     rig.run(15)
