@@ -140,6 +140,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from snakemake_executor_plugin_schlouder.prediction import LinearBoots
 
     try:
+        _check_numbers(arguments)
         tasks = tasklist.read(arguments.tasks)
         goal = _goal(arguments)
         names = arguments.strategy or [name for name in strategies.known() if goal.allows(name)]
@@ -156,6 +157,18 @@ def _simulate(arguments: argparse.Namespace) -> int:
         return _fail(error)
     report.show_table(report.outcome_table(outcomes, arguments.price))
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    from snakemake_executor_plugin_schlouder.model import SchlouderError
+
+    for name, least in (
+        *(("max_vms", 1), ("btu", 0.001), ("min_charge", 0), ("margin", 0), ("boot_seconds", 0)),
+    ):
+        value = getattr(arguments, name)
+        if not least <= value < float("inf"):
+            option = "--" + name.replace("_", "-")
+            raise SchlouderError(f"{option}: {value} is not allowed; it must be at least {least}")
 
 
 def _goal(arguments: argparse.Namespace) -> Goal:

@@ -5,6 +5,7 @@ Decides on data alone: no I/O, and the time is told. The broker acts on the `Pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +62,7 @@ class Planner:
         self._pool_of: dict[str, Pool] = {}
         self._booting: set[str] = set()
         self._left = 0
+        self._spent = 0.0
 
     # -- what the broker tells
 
@@ -93,7 +95,7 @@ class Planner:
         pool = self._pool_of.pop(vm.name, None)
         if pool is not None:
             pool.fleet.remove(vm)
-            pool.spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
+            self._spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
             pool.touched.pop(vm.name, None)
             pool.is_stale = True
         self._booting.discard(vm.name)
@@ -293,6 +295,13 @@ class Planner:
         boot_time = self._boots.predict(len(self._booting))
         pool.fleet.look(round_.now, boot_time, round_.room > 0)
         pool.room = round_.room
+        if self._goal.budget < math.inf:
+            pool.spent = self._spent + self._spent_beside(pool, round_.now)
+
+    def _spent_beside(self, pool: Pool, now: float) -> float:
+        """Billed seconds of the VMs of all other pools, so far."""
+        others = (other for other in self._pools.values() if other is not pool)
+        return sum(self._billing.billed(vm.uptime(now)) for other in others for vm in other)
 
     def _boot_time(self, after: int) -> float:
         return self._boots.predict(len(self._booting) + after)

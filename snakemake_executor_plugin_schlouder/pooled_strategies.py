@@ -107,8 +107,8 @@ class Pooled:
 
 class Cheapest(Pooled):
     """Least cost among the plans that are not slower than afap, which end when VMs filled up to their
-    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come; where
-    tasks take longer than they should, the VMs there are go on."""
+    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come, or the cap
+    leaves more room than before; where tasks take longer than they should, the VMs there are go on."""
 
     name: ClassVar[str] = "cheapest"
     counts_on: ClassVar[int] = 2
@@ -119,10 +119,12 @@ class Cheapest(Pooled):
         self._by = 0.0
         self._begun = math.inf
         self._known = 0
+        self._could = 0
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        if pool.backlog.arrived > self._known:
-            self._known = pool.backlog.arrived
+        could = pool.room + len(batch.seats)
+        if pool.backlog.arrived > self._known or could > self._could:
+            self._known, self._could = pool.backlog.arrived, could
             self._begun = min(self._begun, batch.now)
             self._by = max(self._by, _with_all(batch, pool).filled())
         elif batch.seats:

@@ -314,6 +314,12 @@ class Simulation:
             for ended in self.broker.tick():
                 if ended.state != TaskState.COMPLETE:
                     raise SchlouderError(f"{ended.name}: {ended.reason}")
+        left = self._tasks.keys() - self._world.ended.keys()
+        if left:
+            raise SchlouderError(
+                f"{len(left)} of {len(self._tasks)} tasks never start under {self._scenario.strategy}, "
+                f"{min(left)} among them"
+            )
         return self._outcome()
 
     def _next_round(self) -> float | None:

@@ -78,6 +78,8 @@ def read(path: Path) -> TaskList:
         text = path.read_text()
     except OSError as error:
         raise SchlouderError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SchlouderError(f"{path}: expected text in UTF-8: {error}") from error
     boots, tasks, section = [], [], ""
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{path}, line {number}"

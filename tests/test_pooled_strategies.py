@@ -115,6 +115,15 @@ def test_a_budget_that_is_spent_while_a_long_task_runs_stops_nothing() -> None:
     assert played(tasks, "budget", goal=Goal(budget=7200)).busy == 3100
 
 
+def test_cheapest_takes_the_room_that_another_strategy_leaves(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(InstanceType("one", 1, 4096),), max_vms=10)
+    rig.give(9, "one-vm-per-job", planned=300.0, seconds=300)
+    rig.run(1)
+    rig.give(40, "cheapest", planned=200.0, seconds=200)
+    rig.run(3000)
+    assert rig.states() == [TaskState.COMPLETE] * 49
+
+
 def test_a_limit_is_corrected_by_what_jobs_of_the_rule_took(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     known = [rig.give(1, "asap", seconds=20, planned=600.0, is_limit=True) for _ in range(30)]

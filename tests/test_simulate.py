@@ -192,6 +192,18 @@ def test_the_commands_print_their_tables(
 
 
 @pytest.mark.parametrize(
+    ("option", "value"),
+    [("--btu", "0"), ("--btu", "nan"), ("--max-vms", "-3"), ("--boot-seconds", "-1")],
+)
+def test_numbers_that_make_no_sense_are_named(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(tmp_path)
+    assert cli.main(["simulate", str(tmp_path / "small.tasks"), option, value]) == 1
+    assert f"schlouder: {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("runs", "message"),
     [
         (RUNS.replace("340", "soon"), "line 2: expected a number"),
