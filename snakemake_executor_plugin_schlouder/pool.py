@@ -198,9 +198,9 @@ class Pool:
     """`touched` are the VMs on which something changed since they were last offered work, `is_stale`
     says that the plan as a whole must be made anew; `room` how many more VMs the cap allows, and
     `is_starved` that fewer could be started than the plan wants. `boot_time(k)`: predicted boot (s) of
-    the VM that would be requested after k others now. `spent`: billed seconds of
-    all VMs of the run but its own. `is_pooled`: the strategy keeps its tasks here and asks every VM itself, so that the fleet's lists
-    are not kept."""
+    the VM that would be requested after k others now. `spent`: billed seconds of all VMs of the run
+    but its own. `is_pooled`: the strategy keeps its tasks here and asks every VM itself, so that the
+    fleet's lists are not kept."""
 
     strategy: Strategy
     kind: InstanceType

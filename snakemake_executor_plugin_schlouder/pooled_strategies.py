@@ -123,6 +123,8 @@ class Cheapest(Pooled):
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
         could = pool.room + len(batch.seats)
+        if could > self._could:
+            self._by = 0.0
         if pool.backlog.arrived > self._known or could > self._could:
             self._known, self._could = pool.backlog.arrived, could
             self._begun = min(self._begun, batch.now)
