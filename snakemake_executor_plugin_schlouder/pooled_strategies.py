@@ -96,12 +96,12 @@ class Pooled:
 
     def _is_outdated(self, pool: Pool) -> bool:
         """A tenth of the batch has gone, or a VM came to its stop; of a large batch, whose sums are firm
-        and whose layout is long to find, a third, or with a stop a fiftieth."""
+        and whose layout is long to find, a third, or with a stop a tenth."""
         is_large = self._planned_for >= LARGE
         gone = self._planned_for - len(pool.backlog)
         if self._has_refused and not is_large:
             return True
-        part = 50 if self._has_refused else 3 if is_large else 10
+        part = 3 if is_large and not self._has_refused else 10
         return gone >= max(1, self._planned_for // part)
 
 
