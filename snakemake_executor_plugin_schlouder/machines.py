@@ -4,6 +4,7 @@ and not what there is."""
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 
 from .model import VM, VMState
@@ -23,6 +24,7 @@ class Machines:
         self.idle: dict[str, VM] = {}
         self.alive = 0
         self._retirements: list[tuple[float, str, float]] = []
+        self._looks: dict[str, tuple[float, float]] = {}
 
     def __iter__(self) -> Iterator[VM]:
         return iter(list(self._all.values()))
@@ -85,6 +87,10 @@ class Machines:
     def retire_at(self, vm: VM, date: float) -> None:
         """An idle VM is to be looked at again at `date`."""
         assert vm.idle_since is not None
+        known = self._looks.get(vm.name)
+        if known is not None and known[1] == vm.idle_since and math.isclose(known[0], date):
+            return
+        self._looks[vm.name] = (date, vm.idle_since)
         heapq.heappush(self._retirements, (date, vm.name, vm.idle_since))
 
     def next_retirement(self) -> float | None:
@@ -101,5 +107,7 @@ class Machines:
         """Takes the idle VMs whose date has come."""
         found = []
         while (date := self.next_retirement()) is not None and date <= now:
-            found.append(self.idle[heapq.heappop(self._retirements)[1]])
+            name = heapq.heappop(self._retirements)[1]
+            self._looks.pop(name, None)
+            found.append(self.idle[name])
         return found

@@ -1,0 +1,41 @@
+"""The books of a run's VMs."""
+
+from __future__ import annotations
+
+from snakemake_executor_plugin_schlouder.machines import Machines
+from snakemake_executor_plugin_schlouder.model import VM, InstanceType, VMState
+
+
+def idle(machines: Machines, name: str) -> VM:
+    vm = VM(name, "s", InstanceType("one", 1, 4096), "t", 0.0, state=VMState.READY)
+    vm.idle_since = 10.0
+    machines.add(vm)
+    return vm
+
+
+def test_a_vm_that_is_looked_at_every_round_is_noted_once() -> None:
+    machines = Machines()
+    vm = idle(machines, "a")
+    for _ in range(1000):
+        machines.retire_at(vm, 60.0)
+    assert machines.due(60.0) == [vm]
+    assert machines.due(60.0) == []
+
+
+def test_a_vm_is_due_at_the_earliest_date_and_again_when_it_was_kept() -> None:
+    machines = Machines()
+    vm = idle(machines, "a")
+    machines.retire_at(vm, 60.0)
+    assert machines.next_retirement() == 60.0
+    assert machines.due(59.0) == []
+    assert machines.due(60.0) == [vm]
+    machines.retire_at(vm, 60.0)
+    assert machines.due(60.0) == [vm]
+
+
+def test_a_vm_that_got_work_is_not_due() -> None:
+    machines = Machines()
+    vm = idle(machines, "a")
+    machines.retire_at(vm, 60.0)
+    machines.move(vm, VMState.DRAINING)
+    assert machines.next_retirement() is None
