@@ -105,6 +105,18 @@ def play(asked: Play) -> Outcome:
     )
 
 
+def cell_of(run: RecordedRun) -> tuple[str, int]:
+    return run.usecase, run.max_vms
+
+
+def mean_of_cells(values: Iterable[tuple[tuple[str, int], float]]) -> float:
+    """The mean over cells of the means of their values, given as (cell, value)."""
+    cells: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for cell, value in values:
+        cells[cell].append(value)
+    return statistics.fmean(statistics.fmean(cell) for cell in cells.values())
+
+
 class Field:
     """All recorded runs; outcomes are played side by side, each once."""
 
@@ -132,11 +144,8 @@ class Field:
 
     def over_cells(self, values: Mapping[str, float]) -> float:
         """The mean over cells of the means of their runs; runs without a value are left out."""
-        cells: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for run in self.runs:
-            if run.name in values:
-                cells[run.usecase, run.max_vms].append(values[run.name])
-        return statistics.fmean(statistics.fmean(cell) for cell in cells.values())
+        found = [run for run in self.runs if run.name in values]
+        return mean_of_cells((cell_of(run), values[run.name]) for run in found)
 
 
 def _longest_boots(path: Path) -> dict[str, float]:
@@ -257,7 +266,7 @@ def _sensible_row(field: Field, unit: Unit) -> Row:
 
 def _biased_rows(field: Field) -> list[Row]:
     """Estimates 14 % too low, where afap is dearer and slower than asap."""
-    runs = [run for run in field.runs if (run.usecase, run.max_vms) == ("brs", 25)]
+    runs = [run for run in field.runs if cell_of(run) == ("brs", 25)]
     ours, afap = (
         field.play(Play(run, name, HOUR, scale=BIASED) for run in runs)
         for name in ("cheapest", "afap")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from bench.cells import cell_of, mean_of_cells
 from bench.rows import Row
 from snakemake_executor_plugin_schlouder import tasklist
 from snakemake_executor_plugin_schlouder.forecast import (
@@ -85,10 +86,6 @@ class Case:
     @property
     def first_submission(self) -> float:
         return min(task.submission for task in self.tasks.tasks)
-
-    @property
-    def cell(self) -> tuple[str, int]:
-        return self.run.usecase, self.run.max_vms
 
     @property
     def submitted(self) -> TaskList:
@@ -293,19 +290,12 @@ def _mean_row(
 ) -> Row:
     """The mean over runs, which the goals (and SimSchlouder's figures) are; over cells for comparison."""
     runs = statistics.fmean(error(one) for one in judged)
+    cells = mean_of_cells((cell_of(one.case.run), error(one)) for one in judged)
     worst = max(judged, key=error)
     value = (
-        f"{runs:.3f} (mean of cells {_over_cells(judged, error):.3f}; "
-        f"worst {error(worst):.2f}: {worst.case.run.name})"
+        f"{runs:.3f} (mean of cells {cells:.3f}; worst {error(worst):.2f}: {worst.case.run.name})"
     )
     return Row(name, value, f"<= {goal}", runs <= goal)
-
-
-def _over_cells(judged: list[Judged], value: Callable[[Judged], float]) -> float:
-    cells: dict[object, list[float]] = defaultdict(list)
-    for one in judged:
-        cells[one.case.cell].append(value(one))
-    return statistics.fmean(statistics.fmean(values) for values in cells.values())
 
 
 def _interval_rows(title: str, judged: list[Judged]) -> list[Row]:

@@ -20,6 +20,7 @@ from typing import Protocol
 from . import order
 from .machines import Machines
 from .model import (
+    BOOTING,
     TASK_ENDED,
     VM,
     Billing,
@@ -59,9 +60,8 @@ MAX_LOSSES = 3
 MAX_BOOT_FAILURES = 3
 """Boots in a row that may fail before nothing more is launched (R15)."""
 
-_BOOTING = (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
 _LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
-_MOVING = (*_BOOTING, VMState.TERMINATING)
+_MOVING = (*BOOTING, VMState.TERMINATING)
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
 _LATE_SUBMISSION = 15.0

@@ -40,7 +40,7 @@ class Dag:
             return
         walltimes = self._walltimes()
         try:
-            found = places(_dependencies(self._dag), lambda job: walltimes.get(job, 0.0))
+            found = places(dependencies(self._dag), lambda job: walltimes.get(job, 0.0))
         except RuntimeError:  # it grew meanwhile
             found = {}
         alone = {job: Place(0, seconds) for job, seconds in walltimes.items()}
@@ -48,8 +48,8 @@ class Dag:
 
     def _after(self, members: list[Any]) -> tuple[str, ...]:
         """The tasks that were waited for; jobs of a group do not wait for each other."""
-        inside, dependencies = set(members), _dependencies(self._dag)
-        before = [each for member in members for each in dependencies.get(member, ())]
+        inside, waits = set(members), dependencies(self._dag)
+        before = [each for member in members for each in waits.get(member, ())]
         keys = [self._keys.get(_number(each)) for each in before if each not in inside]
         return tuple(dict.fromkeys(key for key in keys if key is not None))
 
@@ -59,7 +59,8 @@ def _members(job: Any) -> list[Any]:
     return list(getattr(job, "jobs", ())) if job.is_group() else [job]
 
 
-def _dependencies(dag: Any) -> Mapping[Any, Mapping[Any, Any]]:
+def dependencies(dag: Any) -> Mapping[Any, Mapping[Any, Any]]:
+    """What each job waits for, as far as Snakemake tells."""
     found = getattr(dag, "dependencies", None)
     return found if isinstance(found, Mapping) else {}
 

@@ -28,7 +28,7 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
 from .broker import Broker, BrokerConfig
-from .dag import Dag
+from .dag import Dag, dependencies
 from .history import Boot, History, Walltime, history_path
 from .journal import Journal, RunRecord, journal_path
 from .model import VM, InstanceType, SchlouderError, Task, TaskState
@@ -182,13 +182,13 @@ class Executor(RemoteExecutor):
     def _open(self, jobs: list[Any]) -> None:
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
-        rules = self._rules(jobs)
+        asked = self._asked(jobs)
         cluster = SlurmCommands(config.partition, self.envvars())
         info = cluster.check()
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
         cloud = connect(_ec2_settings(config), join, _owner(), self._run)
         types = cloud.instance_types(config.instance_types)
-        _check_sizes(rules, types)
+        _check_sizes(asked, types)
         self._journal = self._open_journal(cloud.region, cloud.endpoint)
         broker_config = BrokerConfig(
             run=self._run,
@@ -205,8 +205,8 @@ class Executor(RemoteExecutor):
         broker_config.files.mkdir(parents=True, exist_ok=True)
         aws = "amazonaws.com" in cloud.endpoint
         self._place = cloud.region if aws else f"{cloud.region}, not AWS"
-        self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, jobs)
-        self._broker.expect(self._announcements(jobs))
+        self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, asked)
+        self._broker.expect(self._announcements(asked))
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
@@ -217,26 +217,13 @@ class Executor(RemoteExecutor):
         cloud: Cloud,
         cluster: Cluster,
         journal: Journal,
-        jobs: list[Any],
+        asked: Mapping[Any, RuleSettings],
     ) -> Broker:
         history = self._open_history()
         self._history, self._walltimes = history, history.walltimes()
         boots = history.boots(config.types[0].name, self._place)
-        if not self._config.record:
-            return Broker(
-                config,
-                cloud,
-                cluster,
-                journal,
-                self.logger,
-                boots=boots,
-                walltimes=self._walltimes,
-            )
-        from .recording import RecordedBroker, Recorder
-
-        recorder = Recorder(Path(self._config.record), self.logger)
-        broker = RecordedBroker(
-            recorder,
+        make = self._recorded(asked) if self._config.record else Broker
+        return make(
             config,
             cloud,
             cluster,
@@ -245,17 +232,24 @@ class Executor(RemoteExecutor):
             boots=boots,
             walltimes=self._walltimes,
         )
-        broker.plan(self._planned_jobs(jobs))
-        return broker
+
+    def _recorded(self, asked: Mapping[Any, RuleSettings]) -> Callable[..., Broker]:
+        """Makes brokers that write down what they see and decide."""
+        from .recording import RecordedBroker, Recorder
+
+        recorder = Recorder(Path(self._config.record), self.logger)
+
+        def make(*arguments: Any, **more: Any) -> Broker:
+            broker = RecordedBroker(recorder, *arguments, **more)
+            broker.plan(self._planned_jobs(asked))
+            return broker
+
+        return make
 
     def _open_journal(self, region: str, endpoint: str) -> Journal:
         path = journal_path(self._workdir)
         journal = Journal(path)
-        if journal.set_aside is not None:
-            self.logger.warning(
-                f"The journal {path} could not be read; it was moved to {journal.set_aside} "
-                "and a new one begun."
-            )
+        self._tell_set_aside("journal", path, journal.set_aside)
         journal.begin_run(
             RunRecord(
                 self._run,
@@ -278,12 +272,14 @@ class Executor(RemoteExecutor):
         except SchlouderError as error:
             self.logger.warning(f"{error}; nothing is learned from this run")
             return History(":memory:")
-        if history.set_aside is not None:
-            self.logger.warning(
-                f"The history {path} could not be read; it was moved to {history.set_aside} "
-                "and a new one begun."
-            )
+        self._tell_set_aside("history", path, history.set_aside)
         return history
+
+    def _tell_set_aside(self, what: str, path: Path, aside: Path | None) -> None:
+        if aside is not None:
+            self.logger.warning(
+                f"The {what} {path} could not be read; it was moved to {aside} and a new one begun."
+            )
 
     def _keep_history(self) -> None:
         """What this run has shown, for the next ones."""
@@ -337,33 +333,35 @@ class Executor(RemoteExecutor):
         learned against that."""
         return settings.limit if settings.planned is None else settings.planned
 
-    def _rules(self, jobs: list[Any]) -> list[tuple[str, RuleSettings]]:
-        """What the jobs ask for, once for each rule and demand; all wrong resources in one error."""
-        found: dict[tuple[str, RuleSettings], None] = {}
+    def _asked(self, jobs: list[Any]) -> dict[Any, RuleSettings]:
+        """What each job asks for; all wrong resources in one error."""
+        found: dict[Any, RuleSettings] = {}
         problems: dict[str, None] = {}
         for job in jobs:
             try:
-                found[job.name, self._settings(job)] = None
+                found[job] = self._settings(job)
             except SchlouderError as error:
                 problems[str(error)] = None
         if problems:
             raise SchlouderError("\n".join(problems))
-        return list(found)
+        return found
 
-    def _announcements(self, jobs: list[Any]) -> list[Announcement]:
-        settings = [(_file_name(job.name), self._settings(job)) for job in jobs]
-        return [Announcement(s.strategy, rule, s.need, self._planned(s)) for rule, s in settings]
+    def _announcements(self, asked: Mapping[Any, RuleSettings]) -> list[Announcement]:
+        return [
+            Announcement(s.strategy, _file_name(job.name), s.need, self._planned(s))
+            for job, s in asked.items()
+        ]
 
-    def _planned_jobs(self, jobs: list[Any]) -> list[PlannedJob]:
+    def _planned_jobs(self, asked: Mapping[Any, RuleSettings]) -> list[PlannedJob]:
         """The workflow's graph as far as it is known; a look ahead like `_jobs_ahead`."""
         from .recording import PlannedJob
 
-        names = {job: _display_name(job) for job in jobs}
-        dependencies = getattr(self.dag, "dependencies", {})
+        names = {job: _display_name(job) for job in asked}
+        waits = dependencies(self.dag)
         planned = []
         for job, name in names.items():
-            settings = self._settings(job)
-            after = tuple(names[other] for other in dependencies.get(job, ()) if other in names)
+            settings = asked[job]
+            after = tuple(names[other] for other in waits.get(job, ()) if other in names)
             rule = _file_name(job.name)
             estimate = self._planned(settings)
             planned.append(PlannedJob(name, rule, settings.need, estimate, after))
@@ -508,11 +506,12 @@ def _ec2_settings(config: Config) -> Ec2Settings:
     )
 
 
-def _check_sizes(rules: list[tuple[str, RuleSettings]], types: list[InstanceType]) -> None:
+def _check_sizes(asked: Mapping[Any, RuleSettings], types: list[InstanceType]) -> None:
+    needs = dict.fromkeys((job.name, settings.need) for job, settings in asked.items())
     problems = [
-        too_big(f"rule {rule}", settings.need, types)
-        for rule, settings in rules
-        if not any(kind.fits(settings.need) for kind in types)
+        too_big(f"rule {rule}", need, types)
+        for rule, need in needs
+        if not any(kind.fits(need) for kind in types)
     ]
     if problems:
         raise SchlouderError("\n".join(problems))

@@ -123,10 +123,7 @@ class Fleet:
 
     def paid_left(self, vm: VM, task: Task | None = None) -> float:
         """R(v): seconds left of the quanta `vm` has begun once it is idle; R(v,t) with `task` added."""
-        until_idle = self.idle_at(vm) - vm.requested
-        if task is not None:
-            until_idle += vm.share(task)
-        return self.billing.left_of_quantum(until_idle, self._quantum)
+        return self.billing.left_of_quantum(self._until_idle(vm, task), self._quantum)
 
     def fits(self, vm: VM, task: Task) -> bool:
         """Whether `task` ends within the quanta `vm` has begun, margin included."""
@@ -134,8 +131,7 @@ class Fleet:
 
     def exceeds(self, vm: VM, task: Task) -> bool:
         """Whether `task` would end after the first quantum of `vm`, margin included."""
-        until_idle = self.idle_at(vm) - vm.requested + vm.share(task)
-        return self.billing.exceeds(until_idle, self._quantum)
+        return self.billing.exceeds(self._until_idle(vm, task), self._quantum)
 
     def tightest(self, task: Task) -> VM | None:
         """Of the VMs in whose begun quanta `task` fits, the one with the least time left after it."""
@@ -143,6 +139,11 @@ class Fleet:
         candidates += self._tightest_firm(task)
         fitting = [vm for vm in candidates if self.fits(vm, task)]
         return min(fitting, key=lambda vm: self.paid_left(vm, task), default=None)
+
+    def _until_idle(self, vm: VM, task: Task | None) -> float:
+        """Seconds from the request of `vm` to its idle date, with `task` added."""
+        until_idle = self.idle_at(vm) - vm.requested
+        return until_idle if task is None else until_idle + vm.share(task)
 
     # -- the lists
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from statistics import NormalDist
 
 from .prediction import LearnedBoots, LinearBoots, Walltimes
 from .simulate import Scenario, simulate
-from .tasklist import RecordedBoot, RecordedTask, TaskList
+from .tasklist import RecordedBoot, RecordedTask, TaskList, last_word
 
 RUN_SPREAD = 0.03
 """Standard deviation of ln(sum of walltimes) between runs of the same tasks on the same platform,
@@ -51,10 +50,8 @@ _SHORTEST = 0.1
 
 
 def rule_of(name: str) -> str:
-    """The rule a task of a task list belongs to: the last word of its name. `a_1.mgf`: mgf;
-    `2mass_h_1x1_project_0_9`: project."""
-    words = re.findall(r"[A-Za-z]+", name)
-    return words[-1] if words else name
+    """The rule a task of a task list belongs to: the last word of its name."""
+    return last_word(name) or name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from . import store
-from .model import SchlouderError
 from .prediction import BootPredictor, LearnedBoots, Walltimes
 
 VERSION = 1
@@ -78,10 +77,7 @@ class History:
         try:
             self._db, self.set_aside = store.opened(path, _SCHEMA, VERSION)
         except (OSError, sqlite3.OperationalError) as error:
-            raise SchlouderError(
-                f"the history {path} cannot be opened: {error}; give a directory on a local disk that "
-                "you can write to in XDG_STATE_HOME"
-            ) from error
+            raise store.no_place_for("history", path, error) from error
 
     def close(self) -> None:
         with self._lock:

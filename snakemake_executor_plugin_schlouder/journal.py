@@ -108,10 +108,7 @@ class Journal:
         try:
             self._db = self._open(path)
         except (OSError, sqlite3.OperationalError) as error:
-            raise SchlouderError(
-                f"the journal {path} cannot be opened: {error}; give a directory on a local disk that "
-                "you can write to in XDG_STATE_HOME"
-            ) from error
+            raise store.no_place_for("journal", path, error) from error
 
     @classmethod
     def reading(cls, path: Path) -> Journal:

@@ -2,7 +2,7 @@
 
 A layout is found by playing the rest of a batch on VMs that stop at given dates: the VM that is free
 first takes the longest task that still ends before its stop (longest processing time first, Graham
-1969, on bins that close). Dates are seconds since the epoch, lengths the seconds a task adds to a VM.
+1969, on bins that close). Dates are seconds since the epoch, lengths the seconds tasks run.
 """
 
 from __future__ import annotations
@@ -203,8 +203,7 @@ class Batch:
         if not self.has_long_units:
             side_by_side = max(len(seat.frees) for seat in seats)
             return self.work / side_by_side + sum(min(seat.frees) - seat.asked for seat in seats)
-        stops = {seat.name: self._unit_end(seat, by) for seat in seats}
-        lacking = self.work - sum(seat.room(stops[seat.name]) for seat in seats)
+        _, lacking = self._paid(seats, by)
         most = max(len(seat.frees) for seat in seats) * self.billing.unit
         extensions = max(0, math.ceil(lacking / most))
         return self._base() + (new + extensions) * self.billing.unit
@@ -218,11 +217,15 @@ class Batch:
         units = max(1, math.ceil((seat.free - seat.asked) / unit))
         return min(by, seat.asked + units * unit - self.billing.margin)
 
+    def _paid(self, seats: Sequence[Seat], by: float) -> tuple[dict[str, float], float]:
+        """(until when each seat is paid, seconds of work that do not fit into that)."""
+        stops = {seat.name: self._unit_end(seat, by) for seat in seats}
+        return stops, self.work - sum(seat.room(stops[seat.name]) for seat in seats)
+
     def _fit(self, seats: Sequence[Seat], by: float) -> Layout:
         if not self.has_long_units:
             return self._play(seats, dict.fromkeys((seat.name for seat in seats), by))
-        stops = {seat.name: self._unit_end(seat, by) for seat in seats}
-        lacking = self.work - sum(seat.room(stops[seat.name]) for seat in seats)
+        stops, lacking = self._paid(seats, by)
         width = max(len(seat.frees) for seat in seats)
         found = Layout()
         for _ in range(_REFITS):

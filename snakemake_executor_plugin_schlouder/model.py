@@ -18,6 +18,11 @@ DEFAULT_BOOT_TIME = 60.0
 """Seconds a boot is predicted to take before the first one of a run was measured."""
 
 
+def estimate_of(planned: float | None) -> float:
+    """Seconds a task is said to take, or assumed to where nobody says."""
+    return DEFAULT_WALLTIME if planned is None else planned
+
+
 class SchlouderError(Exception):
     """An error to be shown to the user as it is: it names the setting, its value and what is allowed."""
 
@@ -30,6 +35,10 @@ class VMState(StrEnum):
     DRAINING = "draining"
     TERMINATING = "terminating"
     GONE = "gone"
+
+
+BOOTING = (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
+"""The states of a VM that is not up yet."""
 
 
 class TaskState(StrEnum):
@@ -181,9 +190,7 @@ class Task:
     @property
     def walltime(self) -> float:
         """Seconds it is taken to run."""
-        if self.expected is not None:
-            return self.expected
-        return DEFAULT_WALLTIME if self.planned is None else self.planned
+        return estimate_of(self.planned) if self.expected is None else self.expected
 
 
 @dataclass
@@ -227,11 +234,11 @@ class VM:
     @property
     def is_open(self) -> bool:
         """Whether tasks may still be given to it."""
-        return self.state in (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING, VMState.READY)
+        return self.is_booting or self.state == VMState.READY
 
     @property
     def is_booting(self) -> bool:
-        return self.state in (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
+        return self.state in BOOTING
 
     @property
     def is_settled(self) -> bool:
@@ -272,9 +279,14 @@ class VM:
             memory -= task.need.memory
         return Need(cpus, memory)
 
+    @property
+    def billed_from(self) -> float:
+        """The date from which the provider counts."""
+        return self.requested if self.meter is None else self.meter
+
     def uptime(self, now: float) -> float:
         """Seconds the provider counts."""
-        return now - (self.requested if self.meter is None else self.meter)
+        return now - self.billed_from
 
     def idle_at(self, now: float) -> float:
         """Predicted date at which all that is planned for it is done. What runs longer than planned
@@ -282,13 +294,14 @@ class VM:
         return max(self.free_at, now + self.unstarted)
 
     def frees(self, slots: int, now: float) -> tuple[float, ...]:
-        """When each of `slots` tasks side by side could begin its next one."""
+        """When each of `slots` tasks side by side could begin its next one; where more than that many run
+        now, those that end last stand in the way."""
         if slots == 1:
             return (self.idle_at(now),)
         up = max(now, self.requested + self.boot_planned) if self.is_booting else now
         ends = [max(now, (task.started or now) + task.walltime) for task in self.active.values()]
         ends += [up + task.walltime for task in self.queue]
-        return tuple(sorted([*ends, *[up] * slots], reverse=len(ends) > slots)[-slots:])
+        return tuple([*[up] * slots, *sorted(ends)][-slots:])
 
     def share(self, task: Task) -> float:
         """Seconds `task` adds to the idle date: its CPU seconds, spread over the machine's CPUs."""

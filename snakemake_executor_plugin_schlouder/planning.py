@@ -121,8 +121,7 @@ class Planner:
     def has_idle_for_nothing(self) -> bool:
         """Whether idle VMs wait for tasks that will not come: all that were announced are here, and
         units are too short to wait for the end of one."""
-        boot_time = self._boots.predict(len(self._booting))
-        return self._billing.unit <= boot_time and not any(self._futures.values())
+        return self._billing.unit <= self._boot_time() and not any(self._futures.values())
 
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
@@ -143,8 +142,7 @@ class Planner:
         pool = self._pool_of.get(vm.name)
         if self.has_idle_for_nothing and (pool is None or not pool.backlog):
             return self._billing.minimum - vm.uptime(now)
-        boot_time = self._boots.predict(len(self._booting))
-        return self._billing.retires_in(vm.uptime(now), idle_for, boot_time)
+        return self._billing.retires_in(vm.uptime(now), idle_for, self._boot_time())
 
     def place(self, waiting: Sequence[Task], now: float, room: int, refusal: str) -> Plan:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
@@ -292,8 +290,7 @@ class Planner:
     # -- both
 
     def _look(self, pool: Pool, round_: _Round) -> None:
-        boot_time = self._boots.predict(len(self._booting))
-        pool.fleet.look(round_.now, boot_time, round_.room > 0)
+        pool.fleet.look(round_.now, self._boot_time(), round_.room > 0)
         pool.room = round_.room
         if self._goal.budget < math.inf:
             pool.spent = self._spent + self._spent_beside(pool, round_.now)
@@ -303,7 +300,8 @@ class Planner:
         others = (other for other in self._pools.values() if other is not pool)
         return sum(self._billing.billed(vm.uptime(now)) for other in others for vm in other)
 
-    def _boot_time(self, after: int) -> float:
+    def _boot_time(self, after: int = 0) -> float:
+        """Predicted seconds of a boot requested after so many others now."""
         return self._boots.predict(len(self._booting) + after)
 
     def _start(self, pool: Pool, round_: _Round) -> VM:

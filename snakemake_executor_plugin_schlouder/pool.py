@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .fleet import Fleet
-from .model import DEFAULT_WALLTIME, VM, InstanceType, Need, Task, VMState
+from .model import VM, InstanceType, Need, Task, VMState, estimate_of
 from .prediction import PRIOR_SPREAD, Line, Walltimes
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class Backlog:
     def add(self, task: Task) -> None:
         self._count += 1
         self._size += 1
-        estimate = _estimate(task)
+        estimate = estimate_of(task.planned)
         insort(self._rules.setdefault(task.rule, []), (estimate, -self._count, task))
 
     def take(self, task: Task) -> Task:
         """Removes `task`, and notes what it is expected to take."""
-        estimate = _estimate(task)
+        estimate = estimate_of(task.planned)
         tasks = self._rules[task.rule]
         at = bisect_right(tasks, (estimate, math.inf)) - 1
         while tasks[at][2] is not task:
@@ -85,7 +85,7 @@ class Backlog:
     def surely(self, task: Task) -> float:
         """Seconds `task` all but surely does not exceed."""
         line = self._line(task.rule)
-        return line(_estimate(task)) + SURELY * line.spread(_estimate(task))
+        return line(estimate_of(task.planned)) + SURELY * line.spread(estimate_of(task.planned))
 
     @property
     def widest(self) -> Need:
@@ -123,8 +123,8 @@ class Backlog:
         for rule, tasks in self._rules.items():
             line = self._line(rule)
             task = _last_with_room(tasks, _within(tasks, line, seconds, surely), free)
-            if task is not None and line(_estimate(task)) > best_length:
-                best, best_length = task, line(_estimate(task))
+            if task is not None and line(estimate_of(task.planned)) > best_length:
+                best, best_length = task, line(estimate_of(task.planned))
         return best
 
     def _line(self, rule: str) -> Line:
@@ -248,14 +248,6 @@ class Pool:
     def runs(self) -> bool:
         """Whether any of its VMs has something to do."""
         return any(not vm.is_unused for vm in self.fleet)
-
-
-def _estimate(task: Task) -> float:
-    return DEFAULT_WALLTIME if task.planned is None else task.planned
-
-
-def _length(entry: tuple[float, int, Task]) -> float:
-    return entry[0]
 
 
 def _within(tasks: list[tuple[float, int, Task]], line: Line, seconds: float, surely: float) -> int:

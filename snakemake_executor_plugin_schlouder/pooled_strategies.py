@@ -213,14 +213,7 @@ def _batch(pool: Pool, counts_on: int) -> Batch:
     """The pool's backlog and VMs, and as many further VMs as the cap leaves and ready tasks can use."""
     fleet = pool.fleet
     slots = pool.slots
-    seats = [
-        Seat(
-            vm.name,
-            vm.frees(slots, fleet.now),
-            vm.requested if vm.meter is None else vm.meter,
-        )
-        for vm in fleet
-    ]
+    seats = [Seat(vm.name, vm.frees(slots, fleet.now), vm.billed_from) for vm in fleet]
     announced = len(pool.backlog) + len(pool.future)
     offers = [
         Seat(f"new {number}", (fleet.now + pool.boot_time(number),) * slots, fleet.now, True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
-from .model import DEFAULT_BOOT_TIME, DEFAULT_WALLTIME
+from .model import DEFAULT_BOOT_TIME, estimate_of
 
 
 class BootPredictor(Protocol):
@@ -173,7 +173,7 @@ class Walltimes:
 
     def learn(self, rule: str, estimate: float | None, took: float) -> None:
         """A task of `rule` took `took` s."""
-        x = DEFAULT_WALLTIME if estimate is None else estimate
+        x = estimate_of(estimate)
         y = self._trimmed(rule, x, took)
         weight = _PRIOR_TASKS if estimate is not None else 0.0
         for sums in (self._sums.setdefault(rule, _Sums(weight)), self._all):
@@ -208,7 +208,7 @@ class Walltimes:
 
     def expected(self, rule: str, estimate: float | None) -> float:
         """Seconds a task of `rule` is taken to run."""
-        x = DEFAULT_WALLTIME if estimate is None else estimate
+        x = estimate_of(estimate)
         line = self.line(rule)
         return x if line is None else line(x)
 
@@ -231,7 +231,7 @@ class Walltimes:
     def foreseen(self, rule: str, estimate: float | None) -> float:
         """As `expected`; of a rule nothing is known of, the estimates are taken to be as wrong as those
         of all others together."""
-        x = DEFAULT_WALLTIME if estimate is None else estimate
+        x = estimate_of(estimate)
         line = self.line(rule)
         if line is not None:
             return line(x)

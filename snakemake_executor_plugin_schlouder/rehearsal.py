@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .broker import BrokerConfig
-from .model import DEFAULT_WALLTIME, SchlouderError, Task
+from .model import SchlouderError, Task, estimate_of
 from .prediction import LearnedBoots
 from .recording import Line, PlannedJob, decoded
 from .simulate import Lags, Scenario, simulate
@@ -109,7 +109,7 @@ def forecast(
 
 
 def _task(job: PlannedJob, known: Experience) -> RecordedTask:
-    planned = DEFAULT_WALLTIME if job.planned is None else job.planned
+    planned = estimate_of(job.planned)
     real = known.walltimes.get(job.rule, planned)
     return RecordedTask(
         job.name, 0.0, planned, real, tuple(job.after), need=job.need, group=job.rule

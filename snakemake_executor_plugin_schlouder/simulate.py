@@ -367,7 +367,7 @@ class Simulation:
             rule=recorded.rule,
             jobid=name,
             strategy=self._scenario.strategy,
-            need=self._tasks[name].need,
+            need=recorded.need,
             command="",
             planned=recorded.predicted,
             after=recorded.after,
@@ -378,7 +378,7 @@ class Simulation:
     def _outcome(self) -> Outcome:
         billing = self._scenario.billing
         uptimes = [
-            vm.ended - (vm.requested if vm.meter is None else vm.meter)
+            vm.uptime(vm.ended)
             for vm in self.broker.vms()
             if vm.ended is not None and vm.instance_id is not None
         ]

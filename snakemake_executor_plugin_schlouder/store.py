@@ -10,11 +10,21 @@ import sqlite3
 import time
 from pathlib import Path
 
+from .model import SchlouderError
+
 
 def state_directory() -> Path:
     """Where all that is kept between runs lives."""
     state_home = os.environ.get("XDG_STATE_HOME")
     return Path(state_home or Path.home() / ".local" / "state") / "schlouder"
+
+
+def no_place_for(what: str, path: Path | str, error: Exception) -> SchlouderError:
+    """The message for a store that cannot be had at all."""
+    return SchlouderError(
+        f"the {what} {path} cannot be opened: {error}; give a directory on a local disk that "
+        "you can write to in XDG_STATE_HOME"
+    )
 
 
 def opened(path: Path | str, schema: str, version: int) -> tuple[sqlite3.Connection, Path | None]:

@@ -25,6 +25,12 @@ from .order import Place, places
 ONE_CPU = Need(1, 1)
 
 
+def last_word(name: str) -> str:
+    """`a_1.mgf`: mgf; `2mass_h_1x1_project_0_9`: project; empty where there is none."""
+    words = re.findall("[A-Za-z]+", name)
+    return words[-1] if words else ""
+
+
 @dataclass(frozen=True)
 class RecordedBoot:
     """A VM's boot: it took `seconds` from `provisioned` (a date, seconds) on, and its first task began
@@ -53,10 +59,7 @@ class RecordedTask:
     @functools.cached_property
     def rule(self) -> str:
         """What makes tasks alike: the last word of the name, without numbers."""
-        if self.group:
-            return self.group
-        words = re.findall("[A-Za-z]+", self.name)
-        return words[-1] if words else "task"
+        return self.group or last_word(self.name) or "task"
 
 
 @dataclass(frozen=True)

@@ -222,3 +222,14 @@ def test_a_package_may_offer_strategies_by_entry_point(
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(strategies.make("mine"), strategies.Afap)
+
+
+def test_a_vm_with_more_tasks_than_slots_is_free_when_those_that_end_last_are_done() -> None:
+    machine = VM("vm", "s", InstanceType("m5.xlarge", 4, 16384), "t", 0.0, state=VMState.READY)
+    for seconds in (100, 200, 300, 400):
+        running = task(seconds)
+        running.started = 1000.0
+        machine.active[str(seconds)] = running
+    assert machine.frees(2, now=1000) == (1300, 1400)
+    del machine.active["300"]
+    assert sorted(machine.frees(4, now=1000)) == [1000, 1100, 1200, 1400]
