@@ -49,7 +49,7 @@ from .slurm import (
     JobRequest,
     JobStatus,
     NodeStatus,
-    SubmissionRefused,
+    SubmitOutcome,
 )
 from .slurm.script import exit_code, job_script, revoke
 from .slurm.states import JobPhase, sentence_of
@@ -732,42 +732,51 @@ class Broker:
         self._note(vm, f"not started: {outcome}")
 
     def _submit_ready(self) -> None:
+        """Hands over what the VMs have room for; what was not tried stays with its VM."""
+        due = self._take_due()
+        if not due:
+            return
+        tried = 0
+        if self._flush():
+            outcomes = self._cluster.submit([self._request(vm, task) for vm, task in due])
+            tried = len(outcomes)
+            for (vm, task), outcome in zip(due, outcomes, strict=False):
+                self._take_reply(vm, task, outcome)
+        for vm, task in reversed(due[tried:]):
+            self._again(vm, task)
+
+    def _take_due(self) -> list[tuple[VM, Task]]:
+        """Moves the heads of the VMs' queues to what Slurm has, as far as there is room."""
+        due = []
         for vm in self._machines.feedable():
             while vm.state == VMState.READY and vm.queue and self._takes_one_more(vm):
-                if not self._submit(vm, vm.queue[0]):
-                    return
+                task = vm.queue.popleft()
+                task.attempt += 1
+                task.state, task.recalled = TaskState.SUBMITTED, False
+                vm.active[task.key] = task
+                vm.idle_since = None
+                self._machines.note(vm)
+                self._submitted[task.attempt_key] = task
+                self._dirty(task)
+                due.append((vm, task))
             self._machines.fed(vm)
+        return due
 
     def _takes_one_more(self, vm: VM) -> bool:
         """A task that fits beside the running ones, or else one task ahead, so that Slurm has the next
         one at hand when a running one ends."""
         return vm.has_room(vm.queue[0].need) or vm.has_room(Need(0, 0))
 
-    def _submit(self, vm: VM, task: Task) -> bool:
-        """Hands the head of the VM's queue to Slurm; False if Slurm does not answer."""
-        vm.queue.popleft()
-        task.attempt += 1
-        task.state, task.recalled = TaskState.SUBMITTED, False
-        vm.active[task.key] = task
-        vm.idle_since = None
-        self._machines.note(vm)
-        self._submitted[task.attempt_key] = task
+    def _take_reply(self, vm: VM, task: Task, outcome: SubmitOutcome) -> None:
+        if isinstance(outcome, str):
+            task.slurm_id = outcome
+        elif isinstance(outcome, ClusterUnavailable):
+            self._tell(f"Slurm does not answer, waiting for it: {outcome}", logging.WARNING)
+        elif "Invalid node name" in str(outcome):
+            self._lost(vm, "Slurm no longer has the node")
+        else:
+            self._finish(task, TaskState.FAILED, f"Slurm refused the job: {outcome}")
         self._dirty(task)
-        if not self._flush():
-            self._again(vm, task)
-            return False
-        try:
-            task.slurm_id = self._cluster.submit(self._request(vm, task))
-        except ClusterUnavailable as error:
-            self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
-            return False
-        except SubmissionRefused as error:
-            if "Invalid node name" in str(error):
-                self._lost(vm, "Slurm no longer has the node")
-            else:
-                self._finish(task, TaskState.FAILED, f"Slurm refused the job: {error}")
-        self._dirty(task)
-        return True
 
     def _request(self, vm: VM, task: Task) -> JobRequest:
         script = self._script(task.name, task.command, self._config.exit_file(task))

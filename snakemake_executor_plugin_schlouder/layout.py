@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .model import Billing
@@ -111,14 +112,17 @@ class Batch:
                 few = middle + 1
         return self._unlimited(many) if many < best.new else best
 
+    def soonest(self) -> float:
+        """When the fastest layout ends."""
+        if self.is_large:
+            return min(self._finish_bound(new) for new in self._choices())
+        return self.fastest().finish
+
     def cheapest(self, by: float) -> Layout:
         """The least cost of all layouts that end `by` a date, and of equal ones the first to finish;
         where none is found, one that does not fit."""
-        bounds = sorted((self._cost_bound(new, by), -new) for new in self._choices())
         best = Layout()
-        for tried, (bound, new) in enumerate(bounds):
-            if bound == math.inf:
-                break
+        for tried, (bound, new) in enumerate(sorted(self._cost_bounds(by))):
             if best.fits and (bound > best.cost + _EDGE or tried >= self._trials):
                 break
             if tried >= 4 * _TRIALS:
@@ -195,18 +199,25 @@ class Batch:
             level = total / count
         return level
 
-    def _cost_bound(self, new: int, by: float) -> float:
-        """Billed seconds if work could be cut anywhere; infinite if it could not end by then."""
-        seats = self._seats(new)
-        if sum(seat.room(by) for seat in seats) < self.work - _EDGE:
-            return math.inf
-        if not self.has_long_units:
-            side_by_side = max(len(seat.frees) for seat in seats)
-            return self.work / side_by_side + sum(min(seat.frees) - seat.asked for seat in seats)
-        _, lacking = self._paid(seats, by)
-        most = max(len(seat.frees) for seat in seats) * self.billing.unit
-        extensions = max(0, math.ceil(lacking / most))
-        return self._base() + (new + extensions) * self.billing.unit
+    def _cost_bounds(self, by: float) -> Iterator[tuple[float, int]]:
+        """(billed seconds if work could be cut anywhere, -new) of the choices that could end by then."""
+        seats = self._seats(len(self.offers))
+        width = max((len(seat.frees) for seat in seats), default=1)
+        room = _sums(seat.room(by) for seat in seats)
+        if self.has_long_units:
+            base, most = self._base(), width * self.billing.unit
+            paid = _sums(seat.room(self._unit_end(seat, by)) for seat in seats)
+        else:
+            boots = _sums(min(seat.frees) - seat.asked for seat in seats)
+        for new in self._choices():
+            count = len(self.seats) + new
+            if room[count] < self.work - _EDGE:
+                continue
+            if not self.has_long_units:
+                yield self.work / width + boots[count], -new
+                continue
+            extensions = max(0, math.ceil((self.work - paid[count]) / most))
+            yield base + (new + extensions) * self.billing.unit, -new
 
     def _base(self) -> float:
         return sum(self.billing.billed(seat.free - seat.asked) for seat in self.seats)
@@ -263,25 +274,28 @@ def play(
     """(work that found no place, last end on each seat). `lengths`: longest first."""
     rising = lengths[::-1]
     there = list(range(len(rising) + 1))
-    ends = {seat.name: seat.free for seat in seats}
-    heap = [(free, number, s.name) for number, s in enumerate(seats) for free in s.frees]
+    limits = [stops[seat.name] + _EDGE for seat in seats]
+    ends = [seat.free for seat in seats]
+    heap = [(free, number) for number, seat in enumerate(seats) for free in seat.frees]
     heapq.heapify(heap)
     top, left = len(rising), sum(lengths)
     while heap and top:
-        date, number, name = heap[0]
-        room = stops[name] - date + _EDGE
-        at = top if rising[top - 1] <= room else _still(there, bisect_right(rising, room, 0, top))
-        if not at:
+        date, number = heap[0]
+        room = limits[number] - date
+        if rising[top - 1] <= room:
+            at = top
+            top = _still(there, top - 1)
+        elif at := _still(there, bisect_right(rising, room, 0, top)):
+            there[at] = at - 1
+        else:
             heapq.heappop(heap)
             continue
-        there[at] = at - 1
-        top = _still(there, top)
         left -= rising[at - 1]
         end = date + rising[at - 1]
-        if end > ends[name]:
-            ends[name] = end
-        heapq.heapreplace(heap, (end, number, name))
-    return (left if top else 0.0), ends
+        if end > ends[number]:
+            ends[number] = end
+        heapq.heapreplace(heap, (end, number))
+    return (left if top else 0.0), {seat.name: ends[n] for n, seat in enumerate(seats)}
 
 
 def _still(there: list[int], at: int) -> int:
@@ -289,3 +303,8 @@ def _still(there: list[int], at: int) -> int:
     while there[at] != at:
         there[at] = at = there[there[at]]
     return at
+
+
+def _sums(values: Iterable[float]) -> list[float]:
+    """Of the first n values, by n."""
+    return list(itertools.accumulate(values, initial=0.0))

@@ -136,13 +136,12 @@ class Cheapest(Pooled):
 
     def _prolonged(self, batch: Batch) -> Layout:
         """The work has turned out to be more than fits: not much slower than with all VMs going on."""
-        fastest = batch.fastest()
-        by = self._begun + _SLOWER * (fastest.finish - self._begun)
+        by = self._begun + _SLOWER * (batch.soonest() - self._begun)
         for more in range(_EXTENSIONS):
             layout = batch.cheapest(by + more * batch.billing.quantum(batch.boot_time))
             if layout.fits:
                 return layout
-        return fastest
+        return batch.fastest()
 
 
 class Fastest(Pooled):

@@ -41,6 +41,7 @@ from .slurm import (
     JobStatus,
     NodeStatus,
     SubmissionRefused,
+    SubmitOutcome,
 )
 from .slurm.script import exit_code, revoke
 from .slurm.states import JobPhase
@@ -56,7 +57,10 @@ DECISIONS = (
 _ASIDE = ("run", "known", "plan")
 """Lines that are no calls: what the broker was made of, and what it does not know."""
 
-_FOR_MANY = ("cloud.launch", "cloud.terminate", "cluster.drain", "cluster.cancel")
+_FOR_MANY = (
+    *("cloud.launch", "cloud.terminate"),
+    *("cluster.submit", "cluster.drain", "cluster.cancel"),
+)
 
 T = TypeVar("T")
 
@@ -282,9 +286,9 @@ class TapedCluster:
     def check(self) -> ClusterInfo:
         return self.tape.call("cluster.check", None, lambda: _there(self.real).check())
 
-    def submit(self, job: JobRequest) -> str:
-        asked = [job.key, job.node, job.cpus, job.memory]
-        return self.tape.call("cluster.submit", asked, lambda: _there(self.real).submit(job))
+    def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        asked = [[job.key, job.node, job.cpus, job.memory] for job in jobs]
+        return self.tape.call("cluster.submit", asked, lambda: _there(self.real).submit(jobs))
 
     def view(self, run: str) -> ClusterView:
         return self.tape.call("cluster.view", None, lambda: _there(self.real).view(run))

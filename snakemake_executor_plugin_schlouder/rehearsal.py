@@ -182,9 +182,9 @@ class _Reader:
             self._requested[text.split()[0]] = self._now
 
     def _submitted(self, line: Line) -> None:
-        attempt, node, _, _ = line.asked
-        job = self._found.jobs[attempt.rpartition(".")[0]]
-        job.node, job.submitted = node, self._now
+        for attempt, node, _, _ in line.asked:
+            job = self._found.jobs[attempt.rpartition(".")[0]]
+            job.node, job.submitted = node, self._now
 
     def _viewed(self, line: Line) -> None:
         view: ClusterView = decoded(line.answer)

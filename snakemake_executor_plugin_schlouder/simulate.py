@@ -23,7 +23,7 @@ from .order import SUBMISSION, checked
 from .pool import Announcement, Goal
 from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
-from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus
+from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus, SubmitOutcome
 from .slurm.states import JobPhase
 from .tasklist import RecordedBoot, TaskList
 
@@ -166,11 +166,12 @@ class _World:
     def check(self) -> ClusterInfo:
         return ClusterInfo((22, 5), "", "")
 
-    def submit(self, job: JobRequest) -> str:
-        node = self.nodes[job.node]
-        node.waiting.append(job)
-        self._fill(node)
-        return job.key
+    def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        for job in jobs:
+            node = self.nodes[job.node]
+            node.waiting.append(job)
+            self._fill(node)
+        return [job.key for job in jobs]
 
     def view(self, run: str) -> ClusterView:
         jobs, self._changed_jobs = self._changed_jobs, {}

@@ -25,6 +25,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
     JobStatus,
     NodeStatus,
     SubmissionRefused,
+    SubmitOutcome,
 )
 from snakemake_executor_plugin_schlouder.slurm.states import phase_of
 
@@ -225,10 +226,14 @@ class FakeSlurm:
     def check(self) -> ClusterInfo:
         return ClusterInfo((22, 5), "head:6817", "/run/munge/munge.socket.2")
 
-    def submit(self, job: JobRequest) -> str:
-        self._answer()
+    def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        if self.away:
+            return [ClusterUnavailable("away")]
+        return [self._submit(job) for job in jobs]
+
+    def _submit(self, job: JobRequest) -> SubmitOutcome:
         if any(word in job.script for word in self.refuse):
-            raise SubmissionRefused("Batch job submission failed: Invalid account")
+            return SubmissionRefused("Batch job submission failed: Invalid account")
         command = next(line for line in job.script.splitlines() if line.startswith("run "))
         _, walltime, code = command.split()
         slurm_id = str(len(self.world.jobs) + 1)

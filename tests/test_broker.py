@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,11 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRefused,
     TokenSpent,
 )
-from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable, JobRequest
+from snakemake_executor_plugin_schlouder.slurm import (
+    ClusterUnavailable,
+    JobRequest,
+    SubmitOutcome,
+)
 
 
 @pytest.fixture
@@ -395,10 +399,10 @@ def test_a_machine_whose_launch_was_given_up_is_ended_all_the_same(rig: Rig) -> 
 def test_a_submission_without_reply_is_looked_for_before_it_is_made_again(rig: Rig) -> None:
     submit = rig.slurm.submit
 
-    def lose_the_reply(job):  # type: ignore[no-untyped-def]
-        submit(job)
+    def lose_the_reply(jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        submit(jobs)
         rig.slurm.submit = submit  # type: ignore[method-assign]
-        raise ClusterUnavailable("timed out")
+        return [ClusterUnavailable("timed out")]
 
     rig.slurm.submit = lose_the_reply  # type: ignore[method-assign]
     (task,) = rig.give(1)
@@ -410,10 +414,10 @@ def test_a_submission_without_reply_is_looked_for_before_it_is_made_again(rig: R
 def test_a_submission_that_arrives_after_it_was_given_up_is_cancelled(rig: Rig) -> None:
     submit, late = rig.slurm.submit, []
 
-    def delay(job):  # type: ignore[no-untyped-def]
-        late.append(job)
+    def delay(jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        late.append(jobs)
         rig.slurm.submit = submit  # type: ignore[method-assign]
-        raise ClusterUnavailable("timed out")
+        return [ClusterUnavailable("timed out")]
 
     rig.slurm.submit = delay  # type: ignore[method-assign]
     (task,) = rig.give(1, seconds=30)
@@ -575,11 +579,11 @@ def test_a_node_that_slurm_will_not_give_up_is_told_with_the_way_to_remove_it(
 def test_lost_replies_do_not_count_as_lost_machines(rig: Rig) -> None:
     submit, calls = rig.slurm.submit, []
 
-    def fail_thrice(job: JobRequest) -> str:
-        calls.append(job)
+    def fail_thrice(jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        calls.append(jobs)
         if len(calls) <= 3:
-            raise ClusterUnavailable("temporarily unable")
-        return submit(job)
+            return [ClusterUnavailable("temporarily unable")]
+        return submit(jobs)
 
     rig.slurm.submit = fail_thrice  # type: ignore[method-assign]
     (task,) = rig.give(1, seconds=100)

@@ -4,7 +4,7 @@ is reported once, and in the end nothing is left."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -17,7 +17,11 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRequest,
     TokenSpent,
 )
-from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable, JobRequest
+from snakemake_executor_plugin_schlouder.slurm import (
+    ClusterUnavailable,
+    JobRequest,
+    SubmitOutcome,
+)
 
 STEPS = values.lists(
     values.one_of(
@@ -119,13 +123,13 @@ class History:
         slurm = self.rig.slurm
         submit = type(slurm).submit.__get__(slurm)
 
-        def lose(job: JobRequest) -> str:
+        def lose(jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
             slurm.submit = submit  # type: ignore[method-assign]
             if delay is None:
-                submit(job)
+                submit(jobs[:1])
             else:
-                self.late.append((self.rig.world.now + delay, job))
-            raise ClusterUnavailable("timed out")
+                self.late.append((self.rig.world.now + delay, jobs[0]))
+            return [ClusterUnavailable("timed out")]
 
         slurm.submit = lose  # type: ignore[method-assign]
 
@@ -134,7 +138,7 @@ class History:
         for entry in due:
             self.late.remove(entry)
             if entry[1].node in self.rig.world.nodes and not self.rig.slurm.away:
-                type(self.rig.slurm).submit(self.rig.slurm, entry[1])
+                type(self.rig.slurm).submit(self.rig.slurm, [entry[1]])
 
     def end(self) -> None:
         for _ in range(15):

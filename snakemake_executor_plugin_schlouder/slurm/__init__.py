@@ -95,15 +95,20 @@ class ClusterView:
     is_complete: bool = True
 
 
+SubmitOutcome = str | SubmissionRefused | ClusterUnavailable
+"""Slurm's id; or Slurm will not have the job; or no reply came, and it may have arrived or not."""
+
+
 class Cluster(Protocol):
-    """Every call raises ClusterUnavailable when Slurm does not answer."""
+    """Every call but `submit` raises ClusterUnavailable when Slurm does not answer."""
 
     def check(self) -> ClusterInfo:
         """Whether this Slurm can be used; raises ClusterUnfit if not."""
         ...
 
-    def submit(self, job: JobRequest) -> str:
-        """Hands the job over and returns Slurm's id; SubmissionRefused if Slurm will not have it."""
+    def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        """Hands the jobs over, and says in their order what came of it. The list is shorter than `jobs`
+        where Slurm stopped answering: the rest was not tried."""
         ...
 
     def view(self, run: str) -> ClusterView:

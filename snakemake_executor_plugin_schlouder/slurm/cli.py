@@ -21,6 +21,7 @@ from . import (
     JobStatus,
     NodeStatus,
     SubmissionRefused,
+    SubmitOutcome,
 )
 from .states import phase_of
 
@@ -170,14 +171,25 @@ class SlurmCommands:
         self._check_rights()
         return info
 
-    def submit(self, job: JobRequest) -> str:
-        done = self._run(sbatch_arguments(job), stdin=job.script)
+    def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
+        outcomes: list[SubmitOutcome] = []
+        for job in jobs:
+            outcomes.append(self._submit(job))
+            if isinstance(outcomes[-1], ClusterUnavailable):
+                break
+        return outcomes
+
+    def _submit(self, job: JobRequest) -> SubmitOutcome:
+        try:
+            done = self._run(sbatch_arguments(job), stdin=job.script)
+        except ClusterUnavailable as error:
+            return error
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
         message = _last_line(done.stderr)
         if any(sign in done.stderr for sign in _TRANSIENT_SUBMIT):
-            raise ClusterUnavailable(message)
-        raise SubmissionRefused(message)
+            return ClusterUnavailable(message)
+        return SubmissionRefused(message)
 
     def view(self, run: str) -> ClusterView:
         jobs = self._read(
