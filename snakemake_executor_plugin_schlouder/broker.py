@@ -246,11 +246,11 @@ class Broker:
         """Every VM there was, in the order of their request."""
         return list(self._machines)
 
-    def next_change(self) -> float | None:
-        """When the passing of time alone makes the next tick act, without any event; None: never."""
+    def next_change(self) -> float:
+        """When the passing of time alone makes the next tick act, without any event; infinite: never."""
         if self._machines.has(*_LEAVING):
             return self._now
-        return self._machines.next_retirement()
+        return min(self._machines.next_retirement(), self._planner.next_look())
 
     def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is."""
@@ -810,6 +810,9 @@ class Broker:
         """The idle VMs that may have to go now: those whose date has come, or all of them when
         somebody else waits for their place or nobody is left to use them."""
         planner = self._planner
+        for vm in self._machines.newly_idle():
+            left = planner.retires_in(vm, self._now)
+            self._machines.retire_at(vm, self._now + max(0.0, left))
         if self._stopping or planner.is_starved or planner.has_idle_for_nothing:
             return list(self._machines.idle.values())
         return self._machines.due(self._now)
@@ -950,9 +953,6 @@ class Broker:
         """What `vm` does, or is to do, has changed."""
         self._machines.note(vm)
         self._planner.changed(vm)
-        if vm.state == VMState.READY and vm.is_unused and vm.idle_since is not None:
-            left = self._planner.retires_in(vm, self._now)
-            self._machines.retire_at(vm, self._now + max(0.0, left))
 
     def _note(self, vm: VM, what: str) -> None:
         self._dirty_vms[vm.name] = vm

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from .model import VM, Billing, Task
 
 _Key = tuple[float, int]
+_EDGE = 1e-6
 
 
 @dataclass
@@ -126,8 +127,12 @@ class Fleet:
         return self.billing.left_of_quantum(self._until_idle(vm, task), self._quantum)
 
     def fits(self, vm: VM, task: Task) -> bool:
-        """Whether `task` ends within the quanta `vm` has begun, margin included."""
-        return self.paid_left(vm, task) <= self.paid_left(vm)
+        """Whether `task` ends within the quanta `vm` has begun, margin included.
+
+        The rule R(v,t) <= R(v) as it is written also holds for tasks of a quantum or more, which begin
+        quanta of their own; recorded tasks are shorter.
+        """
+        return vm.share(task) <= self.paid_left(vm) + _EDGE
 
     def exceeds(self, vm: VM, task: Task) -> bool:
         """Whether `task` would end after the first quantum of `vm`, margin included."""
@@ -152,7 +157,7 @@ class Fleet:
         if not self._phases:
             return []
         kind = self._by_number[self._phases[0][1]].vm
-        at = bisect_left(self._phases, (kind.share(task) % self._quantum - 1e-6, -1))
+        at = bisect_left(self._phases, (kind.share(task) - _EDGE, -1))
         return [self._by_number[number].vm for _, number in self._phases[at : at + 2]]
 
     def _put_in(self, entry: _Entry) -> None:

@@ -94,15 +94,14 @@ class Batch:
 
     # -- the two questions
 
-    def fastest(self, tolerance: float = 0.0) -> Layout:
-        """The least finish; of the VMs that could be started as few as come within `tolerance` (a share
-        of the time until then) of it."""
+    def fastest(self, patience: float = 0.0) -> Layout:
+        """The least finish; of the VMs that could be started as few as come within `patience` s of it."""
         bounds = sorted((self._finish_bound(new), new) for new in self._choices())
         best = min(
             (self._unlimited(new) for _, new in bounds[: self._trials]),
             key=lambda layout: (layout.finish, layout.new),
         )
-        limit = best.finish + tolerance * (best.finish - self.now)
+        limit = best.finish + patience
         few, many = min(self._choices()), best.new
         while few < many:
             middle = (few + many) // 2

@@ -22,6 +22,7 @@ class Machines:
         self._in: dict[VMState, dict[str, VM]] = {state: {} for state in VMState}
         self._feedable: dict[str, VM] = {}
         self.idle: dict[str, VM] = {}
+        self._newly_idle: dict[str, VM] = {}
         self.alive = 0
         self._retirements: list[tuple[float, str, float]] = []
         self._looks: dict[str, tuple[float, float]] = {}
@@ -53,6 +54,8 @@ class Machines:
         """What is planned for `vm` or runs there has changed."""
         ready = vm.state == VMState.READY
         if ready and vm.is_unused:
+            if vm.name not in self.idle:
+                self._newly_idle[vm.name] = vm
             self.idle[vm.name] = vm
         else:
             self.idle.pop(vm.name, None)
@@ -84,6 +87,16 @@ class Machines:
 
     # -- VMs that may have to go
 
+    def newly_idle(self) -> list[VM]:
+        """Takes the idle VMs that were not when this was asked last."""
+        found = [
+            vm
+            for vm in self._newly_idle.values()
+            if vm.idle_since is not None and vm.name in self.idle
+        ]
+        self._newly_idle.clear()
+        return found
+
     def retire_at(self, vm: VM, date: float) -> None:
         """An idle VM is to be looked at again at `date`."""
         assert vm.idle_since is not None
@@ -93,20 +106,20 @@ class Machines:
         self._looks[vm.name] = (date, vm.idle_since)
         heapq.heappush(self._retirements, (date, vm.name, vm.idle_since))
 
-    def next_retirement(self) -> float | None:
-        """The earliest date of an idle VM."""
+    def next_retirement(self) -> float:
+        """The earliest date of an idle VM; infinite: there is none."""
         while self._retirements:
             date, name, since = self._retirements[0]
             vm = self.idle.get(name)
             if vm is not None and vm.idle_since == since:
                 return date
             heapq.heappop(self._retirements)
-        return None
+        return math.inf
 
     def due(self, now: float) -> list[VM]:
         """Takes the idle VMs whose date has come."""
         found = []
-        while (date := self.next_retirement()) is not None and date <= now:
+        while self.next_retirement() <= now:
             name = heapq.heappop(self._retirements)[1]
             self._looks.pop(name, None)
             found.append(self.idle[name])

@@ -97,6 +97,7 @@ class Planner:
             pool.fleet.remove(vm)
             self._spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
             pool.touched.pop(vm.name, None)
+            pool.lost += bool(vm.reason)
             pool.is_stale = True
         self._booting.discard(vm.name)
 
@@ -122,6 +123,11 @@ class Planner:
         """Whether idle VMs wait for tasks that will not come: all that were announced are here, and
         units are too short to wait for the end of one."""
         return self._billing.unit <= self._boot_time() and not any(self._futures.values())
+
+    def next_look(self) -> float:
+        """When the passing of time alone makes a plan void; infinite: never."""
+        pools = [pool for pool in self._pools.values() if pool.is_pooled and pool.backlog]
+        return min((_pooled(pool).looks_again() for pool in pools), default=math.inf)
 
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
@@ -242,7 +248,8 @@ class Planner:
             pool.is_starved = False
             pool.touched.clear()
             return
-        if not (pool.is_stale or pool.touched):
+        looks_again = _pooled(pool).looks_again() <= round_.now
+        if not (pool.is_stale or pool.touched or looks_again):
             return
         if not len(pool.fleet) and round_.room <= 0:
             self._give_up(pool, round_)

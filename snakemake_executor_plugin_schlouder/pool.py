@@ -88,6 +88,11 @@ class Backlog:
         return line(estimate_of(task.planned)) + SURELY * line.spread(estimate_of(task.planned))
 
     @property
+    def most(self) -> float:
+        """Seconds that all but surely no task exceeds."""
+        return max((self.surely(tasks[-1][2]) for tasks in self._rules.values()), default=0.0)
+
+    @property
     def widest(self) -> Need:
         """The most CPUs and the most memory any task takes."""
         cpus, memory = 1, 0
@@ -196,11 +201,11 @@ class Goal:
 @dataclass
 class Pool:
     """`touched` are the VMs on which something changed since they were last offered work, `is_stale`
-    says that the plan as a whole must be made anew; `room` how many more VMs the cap allows, and
-    `is_starved` that fewer could be started than the plan wants. `boot_time(k)`: predicted boot (s) of
-    the VM that would be requested after k others now. `spent`: billed seconds of all VMs of the run
-    but its own. `is_pooled`: the strategy keeps its tasks here and asks every VM itself, so that the
-    fleet's lists are not kept."""
+    says that the plan as a whole must be made anew; `room` how many more VMs the cap allows, `lost` how
+    many machines failed, and `is_starved` that fewer could be started than the plan wants.
+    `boot_time(k)`: predicted boot (s) of the VM that would be requested after k others now. `spent`:
+    billed seconds of all VMs of the run but its own. `is_pooled`: the strategy keeps its tasks here and
+    asks every VM itself, so that the fleet's lists are not kept."""
 
     strategy: Strategy
     kind: InstanceType
@@ -214,6 +219,7 @@ class Pool:
     touched: dict[str, VM] = field(default_factory=dict)
     is_stale: bool = False
     is_starved: bool = False
+    lost: int = 0
     room: int = 0
 
     def __iter__(self) -> Iterator[VM]:

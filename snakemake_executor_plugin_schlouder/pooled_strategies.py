@@ -12,13 +12,21 @@ from .layout import LARGE, Batch, Layout, Seat
 from .model import VM, Task
 from .pool import Pool
 
-_NOTICEABLE = 0.04
-"""Share of the remaining time that is worth another VM to `fastest`."""
+_PATIENCE = 0.04
+"""Share of the time that the longest chain of successors takes by which the tasks before it may end later
+for want of a VM: tasks that are a small part of what is left are not worth a VM each."""
 
 _CARE = 5.0
 """How many times the doubt about estimates a deadline is kept clear of: it cannot be bought back."""
 
 _HALVINGS = 8
+
+_CROWD = 250
+"""Of so many tasks and VMs together one task must have gone before VMs that found nothing have the rest
+laid out anew: of a thousand VMs one finds nothing all the time."""
+
+_TRUST = 0.5
+"""How many times the doubt about estimates a budget is kept clear of: waiting for certainty costs time."""
 
 _RESERVE = 0.02
 """Share of a budget that plans leave alone."""
@@ -49,6 +57,8 @@ class Pooled:
         self._planned_for = 0
         self._refused: set[tuple[str, float]] = set()
         self._has_refused = False
+        self._is_waiting = False
+        self._overdue = math.inf
 
     @abstractmethod
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
@@ -59,16 +69,23 @@ class Pooled:
 
     def missing(self, pool: Pool) -> int:
         """How many VMs are to be started now."""
-        if not (pool.is_stale or self._is_outdated(pool)):
+        if not (pool.is_stale or self._is_outdated(pool) or self.looks_again() <= pool.fleet.now):
             return 0
         batch = _batch(pool, self.counts_on)
         layout = self.lay_out(batch, pool)
         self._stops = {seat.name: batch.paid_until(seat, layout) for seat in batch.seats}
         self._unnamed = [batch.paid_until(seat, layout) for seat in batch.offers[: layout.new]]
         self._planned_for = len(pool.backlog)
-        self._has_refused = False
+        self._has_refused = self._is_waiting = False
+        ends = [pool.fleet.idle_at(vm) for vm in pool if not vm.is_unused]
+        self._overdue = min(ends, default=math.inf) + max(1.0, pool.backlog.noise)
         pool.is_stale = True
         return layout.new
+
+    def looks_again(self) -> float:
+        """The date at which the plan is to be made anew although nothing has happened: what VMs without
+        work leave to a busy one would begin later than planned."""
+        return self._overdue if self._is_waiting else math.inf
 
     def pick(self, vm: VM, pool: Pool) -> Task | None:
         """What `vm`, which has room, is to run next: the longest task that ends before its stop."""
@@ -83,32 +100,34 @@ class Pooled:
         if task is None and (vm.name, stop) not in self._refused:
             self._refused.add((vm.name, stop))
             self._has_refused = True
+        self._is_waiting |= task is None and vm.is_unused
         return task
 
     def _too_long_for_slack(self, vm: VM, room: float, pool: Pool) -> Task | None:
         """A task that would not fit with slack into any paid unit runs where it is expected to fit."""
         billing, boot_time = pool.fleet.billing, pool.fleet.boot_time
-        task = pool.backlog.longest(vm, room)
-        if task is None:
-            return None
         whole = billing.unit - boot_time - billing.margin
-        return task if pool.backlog.surely(task) > whole else None
+        if pool.backlog.most <= whole:
+            return None
+        task = pool.backlog.longest(vm, room)
+        return task if task is not None and pool.backlog.surely(task) > whole else None
 
     def _is_outdated(self, pool: Pool) -> bool:
         """A tenth of the batch has gone, or a VM came to its stop; of a large batch, whose sums are firm
-        and whose layout is long to find, a third, or with a stop a tenth."""
+        and whose layout is long to find, a third, or with a stop a fifth."""
         is_large = self._planned_for >= LARGE
         gone = self._planned_for - len(pool.backlog)
         if self._has_refused and not is_large:
-            return True
-        part = 3 if is_large and not self._has_refused else 10
+            return gone >= (self._planned_for + len(pool.fleet)) // _CROWD
+        part = (5 if self._has_refused else 3) if is_large else 10
         return gone >= max(1, self._planned_for // part)
 
 
 class Cheapest(Pooled):
     """Least cost among the plans that are not slower than afap, which end when VMs filled up to their
-    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come, or the cap
-    leaves more room than before; where tasks take longer than they should, the VMs there are go on."""
+    quanta would be done (`Batch.filled`). Further VMs are started only when tasks have come, machines
+    were lost, or the cap leaves more room than before; where tasks take longer than they should, the
+    VMs there are go on."""
 
     name: ClassVar[str] = "cheapest"
     counts_on: ClassVar[int] = 2
@@ -120,13 +139,15 @@ class Cheapest(Pooled):
         self._begun = math.inf
         self._known = 0
         self._could = 0
+        self._lost = 0
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
         could = pool.room + len(batch.seats)
         if could > self._could:
             self._by = 0.0
-        if pool.backlog.arrived > self._known or could > self._could:
-            self._known, self._could = pool.backlog.arrived, could
+        has_more = pool.backlog.arrived > self._known or could > self._could
+        if has_more or pool.lost > self._lost:
+            self._known, self._could, self._lost = pool.backlog.arrived, could, pool.lost
             self._begun = min(self._begun, batch.now)
             self._by = max(self._by, _with_all(batch, pool).filled())
         elif batch.seats:
@@ -145,13 +166,13 @@ class Cheapest(Pooled):
 
 
 class Fastest(Pooled):
-    """Least makespan, then least cost: a VM that would not end the batch noticeably earlier is not
+    """Least makespan, then least cost: a VM that would not end the workflow noticeably earlier is not
     started."""
 
     name: ClassVar[str] = "fastest"
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        fastest = batch.fastest(_NOTICEABLE)
+        fastest = batch.fastest(_PATIENCE * pool.backlog.path)
         layout = batch.cheapest(fastest.finish)
         return layout if layout.fits else fastest
 
@@ -178,8 +199,9 @@ class Budget(Pooled):
     counts_on: ClassVar[int] = 1
 
     def lay_out(self, batch: Batch, pool: Pool) -> Layout:
-        careful = batch.stretched(1 + pool.backlog.doubt)
-        soon, late = careful.fastest(_NOTICEABLE).finish, batch.now + 2 * careful.alone
+        careful = batch.stretched(1 + _TRUST * pool.backlog.doubt)
+        patience = _PATIENCE * pool.backlog.path
+        soon, late = careful.fastest(patience).finish, batch.now + 2 * careful.alone
         best = careful.cheapest(soon)
         if self._is_affordable(best, pool):
             return best

@@ -325,14 +325,13 @@ class Simulation:
 
     def _next_round(self) -> float | None:
         """The next date of the broker's clock at which there is something to do."""
-        wake = self.broker.next_change()
-        event = self._world.events[0][0] if self._world.events else None
-        dates = [date for date in (wake, event) if date is not None]
-        if not dates:
+        event = self._world.events[0][0] if self._world.events else math.inf
+        date = min(self.broker.next_change(), event)
+        if date == math.inf:
             return None
         period = self._scenario.period
         after = self._world.now + period if self._world.now or self._world.nodes else 0.0
-        return max(after, math.ceil(min(dates) / period - 1e-9) * period)
+        return max(after, math.ceil(date / period - 1e-9) * period)
 
     def _play_until(self, date: float) -> None:
         arrived: list[str] = []

@@ -31,7 +31,7 @@ def test_the_fastest_layout_has_a_vm_for_every_task() -> None:
 def test_a_vm_that_gains_next_to_nothing_is_not_started() -> None:
     lengths = [100.0] * 9 + [98.0]
     assert batch(*lengths).fastest().new == 10
-    assert batch(*lengths, 104.0).fastest(tolerance=1.0).new < 10
+    assert batch(*lengths, 104.0).fastest(patience=160.0).new < 10
 
 
 def test_the_cheapest_layout_fills_one_hour_before_it_buys_another() -> None:

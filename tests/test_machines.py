@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from snakemake_executor_plugin_schlouder.machines import Machines
 from snakemake_executor_plugin_schlouder.model import VM, InstanceType, VMState
 
@@ -38,4 +40,4 @@ def test_a_vm_that_got_work_is_not_due() -> None:
     vm = idle(machines, "a")
     machines.retire_at(vm, 60.0)
     machines.move(vm, VMState.DRAINING)
-    assert machines.next_retirement() is None
+    assert machines.next_retirement() == math.inf

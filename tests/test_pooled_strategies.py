@@ -146,6 +146,39 @@ def test_tasks_of_a_lost_vm_run_elsewhere(strategy: str, tmp_path: Path) -> None
     assert rig.world.twice_at_a_time() == []
 
 
+def test_cheapest_replaces_a_machine_that_fails_while_it_boots(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(InstanceType("one", 1, 4096),), max_vms=2)
+    rig.give(60, "cheapest", planned=30.0, seconds=30)
+    rig.run(3)
+    assert len(rig.world.alive()) == 2
+    rig.world.kill_machine(rig.world.alive()[0])
+    rig.run(60)
+    assert len(rig.world.alive()) == 2
+
+
+def test_what_waits_for_an_overdue_task_runs_elsewhere(tmp_path: Path) -> None:
+    """The short tasks are to follow on the VM that has paid time left after its first; which hangs."""
+    rig = Rig(
+        tmp_path, types=(InstanceType("one", 1, 4096),), max_vms=2, billing=Billing(600, 0, 10)
+    )
+    rig.give(1, "fastest", planned=500.0, seconds=500)
+    rig.give(1, "fastest", planned=450.0, seconds=2000)
+    rig.give(2, "fastest", planned=60.0, seconds=60)
+    rig.run(1200)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+
+
+def test_fastest_starts_few_vms_for_tasks_that_are_a_small_part_of_what_is_left() -> None:
+    short = [RecordedTask(f"p{n}", 0, 5, 5) for n in range(20)]
+    long = RecordedTask("c", 0, 3000, 3000, after=tuple(task.name for task in short))
+    alone = played(TaskList(tuple(short)), "fastest", max_vms=30)
+    before = played(TaskList((*short, long)), "fastest", max_vms=30)
+    asap = played(TaskList((*short, long)), "asap", max_vms=30)
+    assert alone.vms == 20
+    assert before.vms <= 3
+    assert before.makespan <= 1.04 * asap.makespan
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     values.lists(values.integers(1, 3000), min_size=1, max_size=30),

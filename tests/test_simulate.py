@@ -61,6 +61,12 @@ def test_afap_fills_the_paid_hour_and_then_starts_another_vm() -> None:
     assert outcome.makespan == 3040
 
 
+@pytest.mark.parametrize("seconds", [3600, 5400, 7200])
+def test_afap_runs_tasks_as_long_as_its_unit_side_by_side(seconds: float) -> None:
+    """R(v,t) <= R(v) as it is written would hold on any VM."""
+    assert played(batch(*[seconds] * 3), "afap").vms == 3
+
+
 def test_afap_takes_the_tightest_fit_first_fit_the_first_worst_fit_the_widest() -> None:
     """VM 1 keeps 1510 s, VM 2 510 s; the last task of 500 s fits both."""
     tasks = batch(2000, 3000, 500)
