@@ -791,6 +791,7 @@ class Broker:
             workdir=self._config.workdir,
             log=self._config.log_file(task),
             partition=self._config.partition,
+            options=task.options,
         )
 
     def _retire_idle(self) -> None:

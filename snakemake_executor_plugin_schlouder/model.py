@@ -81,6 +81,20 @@ class Need:
 
 
 @dataclass(frozen=True)
+class SlurmOptions:
+    """What a rule asks of Slurm besides CPUs, memory and time; empty: Slurm's own default. `tasks` share
+    the CPUs of the need; `extra` are options of sbatch as the user wrote them, one each."""
+
+    account: str = ""
+    qos: str = ""
+    reservation: str = ""
+    constraint: str = ""
+    gres: str = ""
+    tasks: int = 1
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Billing:
     """How a provider charges: started units of `unit` s, at least `minimum` s.
 
@@ -171,6 +185,7 @@ class Task:
     attempt: int = 0
     losses: int = 0
     recalled: bool = False
+    options: SlurmOptions = field(default_factory=SlurmOptions)
     slurm_id: str | None = None
     reason: str = ""
     after: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
-from .model import VM, Billing, InstanceType, Need, SchlouderError, Task, TaskState
+from .model import VM, Billing, InstanceType, Need, SchlouderError, SlurmOptions, Task, TaskState
 from .pool import Announcement, Goal
 from .prediction import LearnedBoots, Walltimes
 from .provision import (
@@ -98,7 +98,8 @@ class Line(NamedTuple):
 _KNOWN: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
     for kind in (
-        *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, Task),
+        *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, SlurmOptions),
+        *(Task,),
         *(ClusterInfo, ClusterView, Instance, JobStatus, NodeStatus),
         *(CloudUnavailable, LaunchRefused, TokenSpent, ClusterUnavailable, SubmissionRefused),
         *(JobPhase, TaskState, OSError),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..model import SchlouderError
+from ..model import SchlouderError, SlurmOptions
 from .states import JobPhase
 
 
@@ -38,7 +38,8 @@ class ClusterInfo:
 @dataclass(frozen=True)
 class JobRequest:
     """One submission. `key` travels as the comment, `run` is the job name: both find the job again
-    when the reply to the submission is lost. `limit` in seconds, `memory` in MiB."""
+    when the reply to the submission is lost. `limit` in seconds, `memory` in MiB; `cpus`
+    are those of all tasks of the options together."""
 
     key: str
     run: str
@@ -50,6 +51,7 @@ class JobRequest:
     workdir: Path
     log: str
     partition: str
+    options: SlurmOptions = field(default_factory=SlurmOptions)
 
 
 @dataclass(frozen=True)

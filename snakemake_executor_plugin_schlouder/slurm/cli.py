@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from . import (
     ClusterInfo,
@@ -30,6 +32,9 @@ OLDEST = (22, 5)
 DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
+
+_SIDE_BY_SIDE = 4
+"""Submissions at a time: sbatch mostly waits for the controller."""
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
 _TRANSIENT_SUBMIT = (
@@ -58,8 +63,8 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         f"--partition={job.partition}",
         f"--nodelist={job.node}",
         "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={job.cpus}",
+        f"--ntasks={job.options.tasks}",
+        f"--cpus-per-task={job.cpus // job.options.tasks}",
         f"--mem={job.memory}M",
         "--no-requeue",
         "--export=ALL",
@@ -68,7 +73,10 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
     ]
     if job.limit is not None:
         arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")
-    return arguments
+    for name in ("account", "qos", "reservation", "constraint", "gres"):
+        if value := getattr(job.options, name):
+            arguments.append(f"--{name}={value}")
+    return [*arguments, *job.options.extra]
 
 
 def parse_jobs(text: str) -> dict[str, JobStatus]:
@@ -172,12 +180,18 @@ class SlurmCommands:
         return info
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        outcomes: list[SubmitOutcome] = []
-        for job in jobs:
-            outcomes.append(self._submit(job))
-            if isinstance(outcomes[-1], ClusterUnavailable):
-                break
-        return outcomes
+        silent = threading.Event()
+
+        def submitted(job: JobRequest) -> SubmitOutcome | None:
+            if silent.is_set():
+                return None
+            outcome = self._submit(job)
+            if isinstance(outcome, ClusterUnavailable):
+                silent.set()
+            return outcome
+
+        with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+            return [outcome for outcome in pool.map(submitted, jobs) if outcome is not None]
 
     def _submit(self, job: JobRequest) -> SubmitOutcome:
         try:
