@@ -142,6 +142,15 @@ class Field:
         ]
         return {p.run.name: outcome for p, outcome in zip(plays, self.play(plays), strict=True)}
 
+    def least_units(self, run: RecordedRun, asap: Outcome) -> int:
+        """Hours that every schedule pays which ends within 1 % of asap's makespan."""
+        tasks = _tasks(run.path).tasks
+        boot = LimitedBoots(run.boots, self._longest[run.name]).predict(0)
+        begin = boot + min(task.submission for task in tasks)
+        lengths = [task.real for task in tasks]
+        vms = _least_bins(lengths, 1.01 * asap.makespan - begin)
+        return min(asap.units, max(vms, math.ceil(sum(lengths) / 3600)))
+
     def over_cells(self, values: Mapping[str, float]) -> float:
         """The mean over cells of the means of their runs; runs without a value are left out."""
         found = [run for run in self.runs if run.name in values]
@@ -158,6 +167,18 @@ def _longest_boots(path: Path) -> dict[str, float]:
         where = row["platform"], row["platform_config"]
         longest[where] = max([longest[where], *(boot.seconds for boot in boots)])
     return {row["run"]: longest[row["platform"], row["platform_config"]] for row in rows}
+
+
+def _least_bins(lengths: Sequence[float], capacity: float) -> int:
+    """How many bins they need at the least: the bound L2 of Martello and Toth (1990)."""
+    most = 0
+    for edge in {0.0, *(length for length in lengths if length <= capacity / 2)}:
+        alone = [length for length in lengths if length > capacity - edge]
+        large = [length for length in lengths if capacity / 2 < length <= capacity - edge]
+        rest = sum(length for length in lengths if edge <= length <= capacity / 2)
+        further = math.ceil((rest - len(large) * capacity + sum(large)) / capacity - 1e-9)
+        most = max(most, len(alone) + len(large) + max(0, further))
+    return most
 
 
 def strategy_rows(traces: Path) -> list[Row]:
@@ -287,9 +308,22 @@ def _biased_rows(field: Field) -> list[Row]:
 
 
 def _uncapped_row(field: Field) -> Row:
+    """With the units that every schedule needs to end as soon as asap does, give or take 1 %."""
     ours, asap = field.uncapped("fastest"), field.uncapped("asap")
     cost = {name: ours[name].units / asap[name].units for name in ours}
-    return _cells_row("fastest without a cap, unit 1 h: units / asap's", field, cost, 0.6)
+    mean, parts = field.over_cells(cost), []
+    for application in ("omssa", "montage"):
+        runs = [run for run in field.runs if run.application == application]
+        least = {run.name: field.least_units(run, asap[run.name]) for run in runs}
+        bound = field.over_cells({name: least[name] / asap[name].units for name in least})
+        reached = field.over_cells({run.name: cost[run.name] for run in runs})
+        parts.append(f"{application} {reached:.2f}, no schedule < {bound:.2f}")
+    return Row(
+        "fastest without a cap, unit 1 h: units / asap's",
+        f"{mean:.3f} ({'; '.join(parts)}; {_worst(cost)})",
+        "<= 0.6",
+        mean <= 0.6,
+    )
 
 
 def _default_rows(field: Field) -> list[Row]:
