@@ -34,16 +34,12 @@ class Site:
         return cls(cloud, directory, {**os.environ, **cloud.environment(), **state})
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
-        """Snakemake in a process group of its own, as a terminal would start it."""
+        """Snakemake in a process group of its own, as a terminal would start it, even where the tests
+        run under nohup."""
         return subprocess.Popen(
             [
-                sys.executable,
-                "-m",
-                "snakemake",
-                "--executor",
-                "schlouder",
-                "--jobs",
-                "50",
+                *("env", "--default-signal=HUP", sys.executable, "-m", "snakemake"),
+                *("--executor", "schlouder", "--jobs", "50"),
                 *options,
             ],
             cwd=self.directory,
