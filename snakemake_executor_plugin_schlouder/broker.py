@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import order
+from .bundles import Bundles, take_bundle
 from .machines import Machines
 from .model import (
     BOOTING,
@@ -25,7 +26,6 @@ from .model import (
     VM,
     Billing,
     InstanceType,
-    Need,
     Task,
     TaskState,
     VMState,
@@ -49,9 +49,10 @@ from .slurm import (
     JobRequest,
     JobStatus,
     NodeStatus,
+    SubmissionRefused,
     SubmitOutcome,
 )
-from .slurm.script import exit_code, job_script, revoke
+from .slurm.script import TIMED_OUT, BundledJob, Exit, bundle_script, exit_of, job_script, revoke
 from .slurm.states import JobPhase, sentence_of
 
 MAX_LOSSES = 3
@@ -109,6 +110,10 @@ class BrokerConfig:
     def log_file(self, task: Task) -> str:
         return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log"
 
+    def bundle_log(self, first: Task) -> str:
+        """What a bundle says beside its tasks' own logs: nothing, unless it could not begin."""
+        return f"{self.log_file(first)}.bundle"
+
     def exit_file(self, task: Task) -> str:
         return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit"
 
@@ -143,11 +148,11 @@ class Broker:
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
         walltimes: Walltimes | None = None,
-        witness: Callable[[str], int | None] = exit_code,
+        witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
         script: Callable[[str, str, str], str] = job_script,
     ) -> None:
-        """`witness` reads the exit code a job's script left in a file, None if there is none; `revoke`
+        """`witness` reads how a job's script ended from the file it left, None if there is none; `revoke`
         forbids the script with this exit-code file to begin, and says whether it has begun; `script`
         writes one that runs a command and leaves its exit code in a file."""
         self._config = config
@@ -178,6 +183,7 @@ class Broker:
         self._waiting: list[Task] = []
         self._machines = Machines()
         self._submitted: dict[str, Task] = {}
+        self._bundles = Bundles(witness, revoke, config.exit_file)
         self._absent_jobs: dict[str, tuple[int, float]] = {}
         self._absent_vms: dict[str, int] = {}
         self._boot_failures = 0
@@ -253,8 +259,9 @@ class Broker:
         return min(self._machines.next_retirement(), self._planner.next_look())
 
     def log_of(self, task: Task) -> Path:
-        """Where the output of a task's last attempt is."""
-        return Path(self._config.log_file(task))
+        """Where the output of a task's last attempt is; where it made none, that of its bundle."""
+        own, bundle = Path(self._config.log_file(task)), Path(self._config.bundle_log(task))
+        return bundle if bundle.exists() and not own.exists() else own
 
     def release(self) -> None:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
@@ -292,7 +299,7 @@ class Broker:
         if not self._machines.unsettled:
             return None
         try:
-            return self._cluster.view(self._config.job_name)
+            return self._bundles.spread(self._cluster.view(self._config.job_name))
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
             return None
@@ -416,7 +423,7 @@ class Broker:
             self._dirty(task)
         elif status.phase == JobPhase.SUCCEEDED:
             task.ended = status.ended
-            self._judge(task, self._witness(self._config.exit_file(task)) or 0)
+            self._judge(task, self._witness(self._config.exit_file(task)) or Exit(0))
         elif status.phase == JobPhase.FAILED and not task.recalled:
             task.ended = status.ended
             self._finish(task, TaskState.FAILED, self._failure(task, status))
@@ -442,16 +449,20 @@ class Broker:
         for task in tasks:
             task.recalled = True
             self._revoke(self._config.exit_file(task))
-        known = [task.slurm_id for task in tasks if task.slurm_id is not None]
+        known = [
+            task.slurm_id
+            for task in tasks
+            if task.slurm_id is not None and not self._bundles.shares_job(task)
+        ]
         if known:
             self._try_cluster(lambda: self._cluster.cancel(known))
 
     def _missing(self, key: str, task: Task) -> None:
         """Slurm does not know the submission. Unknown is neither success nor failure."""
-        code = self._witness(self._config.exit_file(task))
-        if code is not None:
+        left = self._witness(self._config.exit_file(task))
+        if left is not None:
             task.ended = self._now
-            self._judge(task, code)
+            self._judge(task, left)
         elif self._is_gone(key, task):
             vm = self._vm_of(task)
             begun = self._revoke(self._config.exit_file(task))
@@ -477,16 +488,16 @@ class Broker:
         except ClusterUnavailable:
             return False
 
-    def _judge(self, task: Task, code: int) -> None:
-        if code == 0:
+    def _judge(self, task: Task, left: Exit) -> None:
+        if left.code == 0:
             self._finish(task, TaskState.COMPLETE, "")
         else:
-            self._finish(task, TaskState.FAILED, f"ended with exit code {code}")
+            self._finish(task, TaskState.FAILED, _told(task, left))
 
     def _failure(self, task: Task, status: JobStatus) -> str:
-        code = self._witness(self._config.exit_file(task))
-        if status.state == "FAILED" and code is not None:
-            return f"ended with exit code {code}"
+        left = self._witness(self._config.exit_file(task))
+        if status.state == "FAILED" and left is not None:
+            return _told(task, left)
         return f"{sentence_of(status.state)} (Slurm: {status.state})"
 
     # -- ends of tasks and VMs
@@ -590,10 +601,10 @@ class Broker:
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it: its own witness decides, else it runs again."""
-        code = self._witness(self._config.exit_file(task))
-        if code is not None:
+        left = self._witness(self._config.exit_file(task))
+        if left is not None:
             task.ended = vm.ended
-            self._judge(task, code)
+            self._judge(task, left)
         elif task.losses + 1 >= MAX_LOSSES or self._stopping:
             self._finish(task, TaskState.FAILED, f"its machine was lost ({vm.reason})")
         else:
@@ -738,61 +749,80 @@ class Broker:
             return
         tried = 0
         if self._flush():
-            outcomes = self._cluster.submit([self._request(vm, task) for vm, task in due])
+            outcomes = self._cluster.submit([self._request(vm, tasks) for vm, tasks in due])
             tried = len(outcomes)
-            for (vm, task), outcome in zip(due, outcomes, strict=False):
-                self._take_reply(vm, task, outcome)
-        for vm, task in reversed(due[tried:]):
-            self._again(vm, task)
+            for (vm, tasks), outcome in zip(due, outcomes, strict=False):
+                self._take_reply(vm, tasks, outcome)
+        for vm, tasks in reversed(due[tried:]):
+            for task in reversed(tasks):
+                self._again(vm, task)
 
-    def _take_due(self) -> list[tuple[VM, Task]]:
-        """Moves the heads of the VMs' queues to what Slurm has, as far as there is room."""
+    def _take_due(self) -> list[tuple[VM, list[Task]]]:
+        """Moves the heads of the VMs' queues to what Slurm has, as far as there is room: what becomes one
+        Slurm job each."""
         due = []
         for vm in self._machines.feedable():
             while vm.state == VMState.READY and vm.queue and self._takes_one_more(vm):
-                task = vm.queue.popleft()
-                task.attempt += 1
-                task.state, task.recalled = TaskState.SUBMITTED, False
-                vm.active[task.key] = task
-                vm.idle_since = None
-                self._machines.note(vm)
-                self._submitted[task.attempt_key] = task
-                self._dirty(task)
-                due.append((vm, task))
+                tasks = take_bundle(vm)
+                for place, task in enumerate(tasks):
+                    self._hand_over(vm, task, is_behind=place > 0)
+                if len(tasks) > 1:
+                    self._bundles.add(tasks)
+                due.append((vm, tasks))
             self._machines.fed(vm)
         return due
 
-    def _takes_one_more(self, vm: VM) -> bool:
-        """A task that fits beside the running ones, or else one task ahead, so that Slurm has the next
-        one at hand when a running one ends."""
-        return vm.has_room(vm.queue[0].need) or vm.has_room(Need(0, 0))
-
-    def _take_reply(self, vm: VM, task: Task, outcome: SubmitOutcome) -> None:
-        if isinstance(outcome, str):
-            task.slurm_id = outcome
-        elif isinstance(outcome, ClusterUnavailable):
-            self._tell(f"Slurm does not answer, waiting for it: {outcome}", logging.WARNING)
-        elif "Invalid node name" in str(outcome):
-            self._lost(vm, "Slurm no longer has the node")
-        else:
-            self._finish(task, TaskState.FAILED, f"Slurm refused the job: {outcome}")
+    def _hand_over(self, vm: VM, task: Task, is_behind: bool) -> None:
+        task.attempt += 1
+        task.state, task.recalled, task.is_behind = TaskState.SUBMITTED, False, is_behind
+        vm.active[task.key] = task
+        vm.idle_since = None
+        self._machines.note(vm)
+        self._submitted[task.attempt_key] = task
         self._dirty(task)
 
-    def _request(self, vm: VM, task: Task) -> JobRequest:
-        script = self._script(task.name, task.command, self._config.exit_file(task))
+    def _takes_one_more(self, vm: VM) -> bool:
+        """A task that fits beside the running ones, or else one task ahead."""
+        return vm.has_room(vm.queue[0].need) or vm.takes_one_ahead
+
+    def _take_reply(self, vm: VM, tasks: Sequence[Task], outcome: SubmitOutcome) -> None:
+        if isinstance(outcome, ClusterUnavailable):
+            self._tell(f"Slurm does not answer, waiting for it: {outcome}", logging.WARNING)
+        elif isinstance(outcome, SubmissionRefused) and "Invalid node name" in str(outcome):
+            self._lost(vm, "Slurm no longer has the node")
+        for task in tasks:
+            if isinstance(outcome, str):
+                task.slurm_id = outcome
+            elif isinstance(outcome, SubmissionRefused) and vm.is_open:
+                self._finish(task, TaskState.FAILED, f"Slurm refused the job: {outcome}")
+            self._dirty(task)
+
+    def _request(self, vm: VM, tasks: Sequence[Task]) -> JobRequest:
+        task = tasks[0]
+        limits = [each.limit for each in tasks if each.limit is not None]
         return JobRequest(
             key=task.attempt_key,
             run=self._config.job_name,
             node=vm.name,
-            script=script,
+            script=self._script_of(tasks),
             cpus=task.need.cpus,
             memory=task.need.memory,
-            limit=task.limit,
+            limit=sum(limits) if len(limits) == len(tasks) else None,
             workdir=self._config.workdir,
-            log=self._config.log_file(task),
+            log=self._config.log_file(task) if len(tasks) == 1 else self._config.bundle_log(task),
             partition=self._config.partition,
             options=task.options,
         )
+
+    def _script_of(self, tasks: Sequence[Task]) -> str:
+        config = self._config
+        if len(tasks) == 1:
+            return self._script(tasks[0].name, tasks[0].command, config.exit_file(tasks[0]))
+        jobs = [
+            BundledJob(t.name, t.command, config.log_file(t), config.exit_file(t), t.limit)
+            for t in tasks
+        ]
+        return bundle_script(jobs)
 
     def _retire_idle(self) -> None:
         leaving = [vm for vm in self._retirable() if self._may_leave(vm)]
@@ -1000,3 +1030,11 @@ class Broker:
         if message not in self._told:
             self._told.add(message)
             self._log.log(level, message)
+
+
+def _told(task: Task, left: Exit) -> str:
+    """For a person, how a script ended."""
+    took = left.ended - left.begun
+    if left.code == TIMED_OUT and task.limit is not None and took >= task.limit:
+        return f"{sentence_of('TIMEOUT')} of {task.limit:.0f} s"
+    return f"ended with exit code {left.code}"

@@ -388,6 +388,7 @@ class Executor(RemoteExecutor):
             limit=settings.limit,
             planned=self._planned(settings),
             is_limit=settings.planned is None,
+            may_bundle=settings.bundle and not job.is_group(),
         )
         self._places.note(job, task)
         return task

@@ -160,6 +160,7 @@ class Task:
     `limit` is the rule's `runtime` in seconds, `planned` what the user says it takes
     (`schlouder_walltime`, else `runtime`, which `is_limit`), `expected` what was planned with,
     `attempt` counts the submissions to Slurm, `losses` the machines that were lost under it.
+    `may_bundle`: it may share a Slurm job with others, and `is_behind` while it waits there for its turn.
     `recalled`: we cancelled the submission and will make another. `started` and `ended` are Slurm's
     times of the last attempt. The failure of a task with `ends_run` ends the run. `after` are the tasks
     it waited for, `level` and `rank` (s) its place in the workflow (`order.Place`), as far as known.
@@ -185,6 +186,8 @@ class Task:
     attempt: int = 0
     losses: int = 0
     recalled: bool = False
+    may_bundle: bool = False
+    is_behind: bool = False
     options: SlurmOptions = field(default_factory=SlurmOptions)
     slurm_id: str | None = None
     reason: str = ""
@@ -272,16 +275,24 @@ class VM:
         """Whether `need` can run beside what runs there now."""
         cpus, memory = need.cpus, need.memory
         for task in self.active.values():
-            cpus += task.need.cpus
-            memory += task.need.memory
+            if not task.is_behind:
+                cpus += task.need.cpus
+                memory += task.need.memory
         return cpus <= self.type.cpus and memory <= self.type.node_memory
+
+    @property
+    def takes_one_ahead(self) -> bool:
+        """Whether a task may be handed over that waits for one that runs: so that Slurm has it at hand, but
+        not where others wait there already."""
+        waits = any(task.is_behind for task in self.active.values())
+        return not waits and self.has_room(Need(0, 0))
 
     @property
     def free_cpus(self) -> int:
         """As `free`, the CPUs alone."""
         cpus = self.type.cpus
         for task in self.active.values():
-            cpus -= task.need.cpus
+            cpus -= 0 if task.is_behind else task.need.cpus
         for task in self.queue:
             cpus -= task.need.cpus
         return cpus
@@ -290,8 +301,9 @@ class VM:
         """What is left beside all that runs there and is planned for it."""
         cpus, memory = self.type.cpus, self.type.node_memory
         for task in (*self.active.values(), *self.queue):
-            cpus -= task.need.cpus
-            memory -= task.need.memory
+            if not task.is_behind:
+                cpus -= task.need.cpus
+                memory -= task.need.memory
         return Need(cpus, memory)
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .bundles import LENGTH, WORTH, fair_share, may_bundle
 from .fleet import Fleet
 from .model import VM, InstanceType, Need, Task, VMState, estimate_of
 from .prediction import PRIOR_SPREAD, Line, Walltimes
@@ -230,11 +231,20 @@ class Pool:
         only, while there are many left for everybody."""
         if vm.state != VMState.READY:
             return False
-        if vm.free_cpus > 0:
+        if vm.free_cpus > 0 or self._fills_bundles(vm):
             return True
-        ahead = vm.has_room(Need(0, 0)) and not vm.queue
+        ahead = vm.takes_one_ahead and not vm.queue
         many = len(self.backlog) >= 2 * len(self.fleet)
         return ahead and many and all(task.walltime <= SHORT for task in vm.active.values())
+
+    def _fills_bundles(self, vm: VM) -> bool:
+        """Whether what is planned for `vm` goes into bundles that more tasks still fit into."""
+        if not vm.queue or not may_bundle(vm.queue[-1]):
+            return False
+        seconds = sum(task.walltime for task in vm.queue)
+        worth = math.ceil(self.slots * WORTH / max(1.0, vm.queue[-1].walltime))
+        share = fair_share(len(self.backlog) + len(vm.queue), len(self.fleet), worth)
+        return len(vm.queue) < share and seconds < LENGTH * self.slots
 
     @property
     def slots(self) -> int:

@@ -43,7 +43,7 @@ from .slurm import (
     SubmissionRefused,
     SubmitOutcome,
 )
-from .slurm.script import exit_code, revoke
+from .slurm.script import Exit, exit_of, revoke
 from .slurm.states import JobPhase
 
 VERSION = 1
@@ -100,7 +100,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     for kind in (
         *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, SlurmOptions),
         *(Task,),
-        *(ClusterInfo, ClusterView, Instance, JobStatus, NodeStatus),
+        *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
         *(CloudUnavailable, LaunchRefused, TokenSpent, ClusterUnavailable, SubmissionRefused),
         *(JobPhase, TaskState, OSError),
         *(sqlite3.Error, Path, dict),
@@ -347,7 +347,7 @@ class Senses:
     """What the broker perceives besides its ports."""
 
     clock: Callable[[], float]
-    witness: Callable[[str], int | None]
+    witness: Callable[[str], Exit | None]
     revoke: Callable[[str], bool]
 
     def on(self, tape: Tape) -> Senses:
@@ -372,7 +372,7 @@ class RecordedBroker(Broker):
         log: logging.Logger,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        witness: Callable[[str], int | None] = exit_code,
+        witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
         boots: LearnedBoots | None = None,
         walltimes: Walltimes | None = None,
@@ -543,7 +543,7 @@ def known_of(lines: Iterable[Line]) -> tuple[LearnedBoots, Walltimes]:
 
 def _player_broker(player: Player, lines: Sequence[Line]) -> Broker:
     boots, walltimes = known_of(lines)
-    senses = Senses(time.time, exit_code, revoke).on(player)
+    senses = Senses(time.time, exit_of, revoke).on(player)
     return Broker(
         config_of(lines),
         TapedCloud(player, None),

@@ -67,6 +67,14 @@ class ExecutorSettings(ExecutorSettingsBase):
             metavar="on|off",
         ),
     )
+    bundle: Optional[str] = field(
+        default="off",
+        metadata=_setting(
+            "Whether short jobs are run several per Slurm job, with one start of Snakemake: on or off. "
+            "A rule may say otherwise with the resource schlouder_bundle (1 or 0).",
+            metavar="on|off",
+        ),
+    )
     max_vms: Optional[int] = field(
         default=20, metadata=_setting("Most VMs at any time, over all strategies.", metavar="N")
     )
@@ -160,6 +168,7 @@ class Config:
     order: str
     goal: Goal
     sharing: bool
+    bundle: bool
     max_vms: int
     billing: Billing
     instance_types: tuple[str, ...]
@@ -184,6 +193,7 @@ class RuleSettings:
     need: Need
     limit: Optional[float]
     planned: Optional[float]
+    bundle: bool = False
 
 
 def validated(settings: ExecutorSettings) -> Config:
@@ -196,6 +206,7 @@ def validated(settings: ExecutorSettings) -> Config:
         strategy=settings.strategy or "",
         goal=goal,
         sharing=settings.sharing == "on",
+        bundle=settings.bundle == "on",
         order=settings.order or "",
         max_vms=settings.max_vms or 0,
         billing=Billing(
@@ -235,7 +246,14 @@ def rule_settings(
     limit = None if runtime is None else runtime * 60.0
     walltime = _known(resources.get("schlouder_walltime"))
     planned = None if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
-    return RuleSettings(strategy, Need(threads, memory or 0), limit, planned)
+    bundle = _switch(rule, "schlouder_bundle", _known(resources.get("schlouder_bundle")))
+    return RuleSettings(
+        strategy,
+        Need(threads, memory or 0),
+        limit,
+        planned,
+        config.bundle if bundle is None else bundle,
+    )
 
 
 def seconds(setting: str, value: Any, otherwise: str = "") -> float:
@@ -287,11 +305,11 @@ def _budget(text: Optional[str]) -> float:
 
 
 def _wrong_names(settings: ExecutorSettings) -> list[str]:
-    problems = []
-    if settings.sharing not in ("on", "off"):
-        problems.append(
-            f"--schlouder-sharing: {settings.sharing!r} is not allowed; it is on or off"
-        )
+    problems = [
+        f"--schlouder-{name}: {value!r} is not allowed; it is on or off"
+        for name, value in (("sharing", settings.sharing), ("bundle", settings.bundle))
+        if value not in ("on", "off")
+    ]
     try:
         order.checked(settings.order or "")
     except SchlouderError as error:
@@ -351,6 +369,16 @@ def _known(value: Any) -> Any:
     return (
         None if value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>" else value
     )
+
+
+def _switch(rule: str, resource: str, value: Any) -> Optional[bool]:
+    """Snakemake's resources are numbers or text."""
+    words = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
+    if value is None:
+        return None
+    if str(value).lower() not in words:
+        raise SchlouderError(f"rule {rule}: {resource}: {value!r} is not allowed; it is 1 or 0")
+    return words[str(value).lower()]
 
 
 def _integer(rule: str, resource: str, value: Any) -> Optional[int]:

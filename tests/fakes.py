@@ -6,6 +6,7 @@ is a Slurm node; a submitted job runs for the seconds its command names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
     SubmissionRefused,
     SubmitOutcome,
 )
+from snakemake_executor_plugin_schlouder.slurm.script import BEGUN, REVOKED, BundledJob
 from snakemake_executor_plugin_schlouder.slurm.states import phase_of
 
 
@@ -49,6 +51,7 @@ class SlurmJob:
     state: str = "PENDING"
     started: float | None = None
     ended: float | None = None
+    bundled: list[BundledJob] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -129,6 +132,8 @@ class World:
 
     def _advance(self, job: SlurmJob) -> None:
         node = job.request.node
+        if job.state == "RUNNING" and job.bundled:
+            self._advance_bundle(job)
         if job.state == "PENDING" and self._free_cpus(node) >= job.request.cpus:
             job.state, job.started = "RUNNING", self.now
             if job.request.key in self.revoked:
@@ -141,6 +146,23 @@ class World:
         ):
             job.state = "COMPLETED" if job.exit_code == 0 else "FAILED"
             job.ended = job.started + job.walltime
+
+    def _advance_bundle(self, job: SlurmJob) -> None:
+        """Leaves the exit-code files of the jobs that have ended by now, as `runner.py` does."""
+        assert job.started is not None
+        begun = 0.0
+        for one in job.bundled:
+            seconds, code = _seconds_and_code(one.command)
+            ended = begun + seconds
+            if Path(one.exit_file + REVOKED).exists() or self.now < job.started + begun:
+                continue
+            Path(one.exit_file + BEGUN).touch()
+            if (
+                self.now >= job.started + ended
+                and self.machine_of(job.request.node).instance.is_alive
+            ):
+                Path(one.exit_file).write_text(f"{code} {begun} {ended}\n")
+            begun = ended
 
     def _free_cpus(self, node: str) -> int:
         if self.nodes.get(node) not in ("idle", "mixed", "allocated"):
@@ -234,10 +256,16 @@ class FakeSlurm:
     def _submit(self, job: JobRequest) -> SubmitOutcome:
         if any(word in job.script for word in self.refuse):
             return SubmissionRefused("Batch job submission failed: Invalid account")
-        command = next(line for line in job.script.splitlines() if line.startswith("run "))
-        _, walltime, code = command.split()
+        lines = job.script.splitlines()
         slurm_id = str(len(self.world.jobs) + 1)
-        self.world.jobs[job.key] = SlurmJob(job, slurm_id, float(walltime), int(code))
+        made = SlurmJob(job, slurm_id, 0.0, 0)
+        if "JOBS" in lines:
+            made.bundled = [BundledJob(**one) for one in json.loads(lines[-2])]
+            made.walltime = sum(_seconds_and_code(one.command)[0] for one in made.bundled)
+        else:
+            command = next(line for line in lines if line.startswith("run "))
+            made.walltime, made.exit_code = _seconds_and_code(command)
+        self.world.jobs[job.key] = made
         pending = [j for j in self.world.jobs.values() if j.state == "PENDING"]
         self.most_queued = max(self.most_queued, len(pending))
         self.world.pass_time(0)
@@ -307,6 +335,12 @@ class FakeSlurm:
     def _answer(self) -> None:
         if self.away:
             raise ClusterUnavailable("away")
+
+
+def _seconds_and_code(command: str) -> tuple[float, int]:
+    """Of a command `run SECONDS CODE`."""
+    _, seconds, code = command.split()
+    return float(seconds), int(code)
 
 
 def witness(directory: Path, name: str, code: int) -> None:

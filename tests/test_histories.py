@@ -141,7 +141,7 @@ class History:
                 type(self.rig.slurm).submit(self.rig.slurm, [entry[1]])
 
     def end(self) -> None:
-        for _ in range(15):
+        for _ in range(60):
             self.wait(100)
             if len(self.rig.ended) == self.rig.made and not self.late:
                 break

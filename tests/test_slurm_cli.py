@@ -24,8 +24,9 @@ from snakemake_executor_plugin_schlouder.slurm.cli import (
     sbatch_arguments,
 )
 from snakemake_executor_plugin_schlouder.slurm.script import (
-    REVOKED,
-    exit_code,
+    VOID,
+    Exit,
+    exit_of,
     job_script,
     revoke,
 )
@@ -261,9 +262,9 @@ def test_a_revoked_script_does_nothing(tmp_path: Path) -> None:
     assert not revoke(exit_file)
     script = job_script("t", f"touch {tmp_path}/ran", exit_file)
     done = subprocess.run(["sh"], input=script, text=True, check=False)
-    assert done.returncode == REVOKED
+    assert done.returncode == VOID
     assert not (tmp_path / "ran").exists()
-    assert exit_code(exit_file) is None
+    assert exit_of(exit_file) is None
     assert not revoke(exit_file)
 
 
@@ -276,11 +277,11 @@ def test_a_script_that_has_begun_cannot_be_revoked_and_says_so(tmp_path: Path) -
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 7", 7), ("false && true", 1)])
 def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code: int) -> None:
     exit_file = f"{tmp_path}/a 'b'.exit"
-    assert exit_code(exit_file) is None
+    assert exit_of(exit_file) is None
     script = job_script("task\nname", command, exit_file)
     done = subprocess.run(["sh"], input=script, text=True, check=False)
     assert done.returncode == code
-    assert exit_code(exit_file) == code
+    assert exit_of(exit_file) == Exit(code)
     assert not list(tmp_path.glob("*.part"))
 
 

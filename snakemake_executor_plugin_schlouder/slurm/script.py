@@ -1,15 +1,44 @@
-"""The batch script of one task, and the exit-code file it leaves: the second witness of a job's result."""
+"""The batch scripts of one task and of a bundle, and the exit-code files they leave: the second witness
+of a job's result."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-REVOKED = 75
+VOID = 75
 """Exit code of a script that was revoked (EX_TEMPFAIL)."""
 
-_BEGUN, _REVOKED = ".begun", ".revoked"
+TIMED_OUT = 124
+"""Exit code of a bundled job that ran longer than its `runtime`, as of timeout(1)."""
+
+BEGUN, REVOKED = ".begun", ".revoked"
+"""Endings of the marker files beside an exit-code file."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a script ended. `begun` and `ended` are known of bundled jobs: seconds since the bundle began."""
+
+    code: int
+    begun: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass(frozen=True)
+class BundledJob:
+    """One job of a bundle; `limit` in seconds."""
+
+    name: str
+    command: str
+    log: str
+    exit_file: str
+    limit: float | None
 
 
 def job_script(name: str, command: str, exit_file: str) -> str:
@@ -21,14 +50,14 @@ def job_script(name: str, command: str, exit_file: str) -> str:
     """
     title = " ".join(name.split())
     whole, part, begun, revoked = (
-        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", ".part", _BEGUN, _REVOKED)
+        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", ".part", BEGUN, REVOKED)
     )
     return "\n".join(
         [
             "#!/bin/sh",
             f"# {title}",
             f": >{begun}",
-            f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {REVOKED}; }}",
+            f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {VOID}; }}",
             '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
             "(",
             command,
@@ -41,6 +70,26 @@ def job_script(name: str, command: str, exit_file: str) -> str:
     )
 
 
+def bundle_script(jobs: Sequence[BundledJob]) -> str:
+    """A script that runs the jobs one after the other (`runner.py`), with the Python that the first one's
+    command names."""
+    words = shlex.split(jobs[0].command)
+    at = words.index("-m") - 1 if "-m" in words[1:] else -1
+    python = words[at] if at >= 0 else sys.executable
+    text = json.dumps([asdict(job) for job in jobs])
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            f"# {' '.join(jobs[0].name.split())} and {len(jobs) - 1} more",
+            '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
+            f"exec {shlex.quote(python)} -m snakemake_executor_plugin_schlouder.slurm.runner <<'JOBS'",
+            text,
+            "JOBS",
+            "",
+        ]
+    )
+
+
 def revoke(exit_file: str) -> bool:
     """Forbids the script with this exit-code file to begin, should it be started late. True: it has begun.
 
@@ -48,13 +97,14 @@ def revoke(exit_file: str) -> bool:
     two sees the other.
     """
     with contextlib.suppress(OSError):
-        Path(exit_file + _REVOKED).touch()
-    return Path(exit_file + _BEGUN).exists()
+        Path(exit_file + REVOKED).touch()
+    return Path(exit_file + BEGUN).exists()
 
 
-def exit_code(exit_file: str) -> int | None:
+def exit_of(exit_file: str) -> Exit | None:
     """What the script wrote; None if it has not ended, or not by itself."""
     try:
-        return int(Path(exit_file).read_text())
+        code, *times = Path(exit_file).read_text().split()
+        return Exit(int(code), *(float(time) for time in times[:2]))
     except (OSError, ValueError):
         return None

@@ -1,0 +1,162 @@
+"""Bundles: several short tasks in one Slurm job, one after the other, with one start of Snakemake.
+
+To the broker every task stays a submission of its own: what Slurm says of a bundle's job is told as if it
+had been said of each of its tasks, with the exit-code files that the tasks leave one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from .model import VM, Task, TaskState
+from .slurm import ClusterView, JobStatus
+from .slurm.script import Exit
+from .slurm.states import JobPhase
+
+SHORT = 30.0
+"""Seconds up to which a task may be bundled: a start of Snakemake costs two to three."""
+
+LENGTH = 60.0
+"""Seconds of work that one bundle holds at most, so that little is lost with it."""
+
+WORTH = 10.0
+"""Seconds of work that are worth a start of Snakemake."""
+
+_ALIVE = (JobPhase.WAITING, JobPhase.RUNNING)
+
+
+def may_bundle(task: Task) -> bool:
+    """Whether the user allows it, and the task is short against a start of Snakemake."""
+    return task.may_bundle and task.walltime <= SHORT
+
+
+def fair_share(waiting: int, vms: int, least: int) -> int:
+    """Of so many waiting tasks, how many a VM takes at a time: half of what it would get in the end, so that
+    all VMs end together (guided self-scheduling, Polychronopoulos and Kuck 1987), but `least` that are
+    worth a start of Snakemake, if there are as many for everybody."""
+    return min(math.ceil(waiting / vms), max(math.ceil(waiting / (2 * vms)), least))
+
+
+def take_bundle(vm: VM) -> list[Task]:
+    """Takes the head of the VM's queue, and what may run in one Slurm job behind it: a slot's share."""
+    first = vm.queue.popleft()
+    bundle = [first]
+    if not may_bundle(first):
+        return bundle
+    slots = max(1, vm.type.cpus // first.need.cpus)
+    share = math.ceil((len(vm.queue) + 1) / slots)
+    seconds = first.walltime
+    while vm.queue and len(bundle) < share and _goes_with(first, vm.queue[0]):
+        seconds += vm.queue[0].walltime
+        if seconds > LENGTH:
+            break
+        bundle.append(vm.queue.popleft())
+    return bundle
+
+
+def _goes_with(first: Task, task: Task) -> bool:
+    return may_bundle(task) and task.need == first.need and task.options == first.options
+
+
+@dataclass
+class _Bundle:
+    """Tasks with the attempt that was bundled; `reached`: seconds after its begin at which the last one of
+    those that have ended did."""
+
+    members: list[tuple[str, Task]]
+    reached: float = 0.0
+
+    def left(self) -> list[Task]:
+        """The tasks that have not ended, and were not submitted again."""
+        return [
+            task
+            for attempt, task in self.members
+            if task.attempt_key == attempt
+            and task.state in (TaskState.SUBMITTED, TaskState.RUNNING)
+        ]
+
+
+class Bundles:
+    """What was bundled. `witness` and `revoke` as the broker's, `exit_file` names a task's."""
+
+    def __init__(
+        self,
+        witness: Callable[[str], Exit | None],
+        revoke: Callable[[str], bool],
+        exit_file: Callable[[Task], str],
+    ) -> None:
+        self._witness = witness
+        self._revoke = revoke
+        self._exit_file = exit_file
+        self._bundles: dict[str, _Bundle] = {}
+
+    def add(self, tasks: Sequence[Task]) -> None:
+        """These are submitted together, under the key of the first."""
+        self._bundles[tasks[0].attempt_key] = _Bundle([(task.attempt_key, task) for task in tasks])
+
+    def spread(self, view: ClusterView) -> ClusterView:
+        """The view with a status of its own for every task of a bundle."""
+        if not self._bundles:
+            return view
+        jobs = dict(view.jobs)
+        for key, bundle in list(self._bundles.items()):
+            status, left = jobs.get(key), bundle.left()
+            if left and status is not None:
+                del jobs[key]
+                jobs.update(self._statuses(bundle, status, left))
+            elif not left and (status is None or status.phase not in _ALIVE):
+                del self._bundles[key]
+            elif not left and status is not None and status.phase == JobPhase.RUNNING:
+                del jobs[key]
+        return replace(view, jobs=jobs)
+
+    def shares_job(self, task: Task) -> bool:
+        """Whether another task runs in the same Slurm job, so that it must not be cancelled."""
+        return any(
+            other.slurm_id == task.slurm_id and other.state == TaskState.RUNNING
+            for bundle in self._bundles.values()
+            for _, other in bundle.members
+            if other is not task
+        )
+
+    def _statuses(
+        self, bundle: _Bundle, status: JobStatus, left: Sequence[Task]
+    ) -> Iterator[tuple[str, JobStatus]]:
+        """As if Slurm spoke of each task. Where it calls the job a success and a file is missing, it says
+        nothing of that task. Files are looked for up to the first that is not there."""
+        turn = True
+        for task in left:
+            ended = self._witness(self._exit_file(task)) if turn else None
+            told = replace(status, key=task.attempt_key)
+            if ended is not None:
+                yield told.key, _ended(told, ended)
+                bundle.reached = ended.ended
+                continue
+            task.is_behind = not turn
+            if task.recalled and not self._revoke(self._exit_file(task)):
+                yield (
+                    told.key,
+                    replace(told, phase=JobPhase.FAILED, state="CANCELLED", started=None),
+                )
+            elif not turn and status.phase == JobPhase.RUNNING:
+                yield told.key, replace(told, phase=JobPhase.WAITING, state="PENDING", started=None)
+            elif status.phase != JobPhase.SUCCEEDED:
+                yield told.key, _begun(told, bundle.reached)
+            turn = False
+
+
+def _begun(status: JobStatus, after: float) -> JobStatus:
+    return replace(status, started=None if status.started is None else status.started + after)
+
+
+def _ended(status: JobStatus, ended: Exit) -> JobStatus:
+    begun, good = status.started or 0.0, ended.code == 0
+    return replace(
+        status,
+        phase=JobPhase.SUCCEEDED if good else JobPhase.FAILED,
+        state="COMPLETED" if good else "FAILED",
+        started=begun + ended.begun,
+        ended=begun + ended.ended,
+    )

@@ -1,0 +1,124 @@
+"""Runs on a VM: the jobs of a bundle one after the other, each in a fork of a Python that has Snakemake
+loaded, so that only the first one waits for that.
+
+Started by `script.bundle_script`, which gives it the jobs as JSON. A job that fails, hangs beyond its limit
+or is revoked leaves the others alone; each has its log and its exit-code file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .script import BEGUN, REVOKED, TIMED_OUT, BundledJob
+
+_GRACE = 10.0
+"""Seconds between asking a job to end and killing it."""
+
+_BEGAN = time.monotonic()
+
+
+def main() -> None:
+    jobs = [BundledJob(**job) for job in json.load(sys.stdin)]
+    _load_snakemake()
+    for job in jobs:
+        Path(job.exit_file + BEGUN).touch()
+        if Path(job.exit_file + REVOKED).exists():
+            Path(job.exit_file + BEGUN).unlink(missing_ok=True)
+            continue
+        begun = time.monotonic() - _BEGAN
+        child = os.fork()
+        if child == 0:
+            sys.exit(_run(job))
+        code = _wait(child, job.limit)
+        _leave(job.exit_file, f"{code} {begun:.3f} {time.monotonic() - _BEGAN:.3f}\n")
+
+
+def snakemake_call(command: str) -> tuple[str, list[str]] | None:
+    """(directory, arguments) of `cd DIRECTORY && PYTHON -m snakemake ARGUMENTS`; None for a command that
+    only a shell understands."""
+    if "$" in command or "`" in command:
+        return None
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    if words[:1] != ["cd"] or words[2:3] != ["&&"] or words[4:6] != ["-m", "snakemake"]:
+        return None
+    arguments = words[6:]
+    return None if "&&" in arguments else (words[1], arguments)
+
+
+def _load_snakemake() -> None:
+    """All that a Snakemake imports before it looks at its workflow, plugins included."""
+    from importlib import import_module
+
+    for name in ("cli", "api", "workflow", "dag", "scheduling.job_scheduler", "executors.local"):
+        import_module(f"snakemake.{name}")
+    with contextlib.suppress(ImportError, AttributeError):
+        import_module("snakemake.cli").get_argument_parser()
+    with contextlib.suppress(ImportError):
+        import_module("smart_open")
+    gc.freeze()
+
+
+def _run(job: BundledJob) -> int:
+    """In the child: the job's exit code, unless a shell takes its place."""
+    os.setpgid(0, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    call = snakemake_call(job.command)
+    if call is None:
+        os.execv("/bin/sh", ["sh", "-c", job.command])
+    directory, arguments = call
+    os.chdir(directory)
+    return _snakemake(arguments)
+
+
+def _snakemake(arguments: Sequence[str]) -> int:
+    from snakemake.cli import main
+
+    sys.argv = ["snakemake", *arguments]
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _wait(child: int, limit: float | None) -> int:
+    """The child's exit code, as a shell would tell it."""
+    watch = os.pidfd_open(child)
+    try:
+        if not select.select([watch], [], [], limit)[0]:
+            os.killpg(child, signal.SIGTERM)
+            if not select.select([watch], [], [], _GRACE)[0]:
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return TIMED_OUT
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code if code >= 0 else 128 - code
+    finally:
+        os.close(watch)
+
+
+def _leave(exit_file: str, text: str) -> None:
+    """In one atomic step, so that nobody reads half of it."""
+    part = Path(f"{exit_file}.part")
+    part.write_text(text)
+    part.replace(exit_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Short tasks that share a Slurm job: each is reported as it ends, and one that fails fails alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rig import Rig
+
+from snakemake_executor_plugin_schlouder.bundles import LENGTH, SHORT, fair_share
+from snakemake_executor_plugin_schlouder.model import InstanceType, Task, TaskState
+from snakemake_executor_plugin_schlouder.slurm.runner import snakemake_call
+
+TWO = InstanceType("two", 2, 8192)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path, types=(TWO,), max_vms=2)
+
+
+def short(rig: Rig, count: int, strategy: str = "fastest", **values: object) -> list[Task]:
+    return rig.give(count, strategy, **{"seconds": 2, "planned": 2.0, "may_bundle": True} | values)
+
+
+@pytest.mark.parametrize("strategy", ["fastest", "cheapest", "asap", "one-vm-for-all"])
+def test_many_short_tasks_take_few_slurm_jobs(rig: Rig, strategy: str) -> None:
+    short(rig, 100, strategy)
+    rig.run(600)
+    assert rig.states() == [TaskState.COMPLETE] * 100
+    assert len(rig.world.jobs) <= 40
+    assert rig.world.twice_at_a_time() == []
+
+
+def test_bundling_is_asked_for_and_for_short_tasks_only(rig: Rig) -> None:
+    short(rig, 10, may_bundle=False)
+    short(rig, 10, planned=SHORT + 1, seconds=31)
+    rig.run(300)
+    assert len(rig.world.jobs) == 20
+
+
+def test_every_task_is_reported_when_it_ends_and_has_its_own_times(rig: Rig) -> None:
+    tasks = short(rig, 8, "one-vm-for-all", planned=5.0, seconds=5)
+    rig.run(20)
+    assert 2 <= len(rig.ended) < 8
+    rig.run(60)
+    assert sorted(round(task.took or 0) for task in tasks) == [5] * 8
+    for vm in rig.broker.vms():
+        mine = [task for task in tasks if task.vm == vm.name]
+        for moment in {task.started or 0 for task in mine}:
+            side_by_side = sum((t.started or 0) <= moment < (t.ended or 0) for t in mine)
+            assert side_by_side <= TWO.cpus
+
+
+def test_a_task_that_fails_fails_alone(rig: Rig) -> None:
+    short(rig, 6, "one-vm-for-all")
+    (bad,) = short(rig, 1, "one-vm-for-all", code=3)
+    short(rig, 6, "one-vm-for-all")
+    rig.run(100)
+    assert bad.state == TaskState.FAILED
+    assert bad.reason == "ended with exit code 3"
+    assert sum(state == TaskState.COMPLETE for state in rig.states()) == 12
+
+
+def test_what_a_lost_machine_had_done_counts_and_the_rest_runs_elsewhere(rig: Rig) -> None:
+    rig.cloud.allow_kill = True
+    short(rig, 40, planned=4.0, seconds=4)
+    rig.run(22)
+    done = len(rig.ended)
+    rig.world.kill_machine(rig.world.alive()[0])
+    rig.run(600)
+    assert 0 < done < 40
+    assert rig.states() == [TaskState.COMPLETE] * 40
+    assert rig.world.twice_at_a_time() == []
+
+
+def test_a_drained_vm_ends_what_runs_and_gives_the_rest_back(rig: Rig) -> None:
+    tasks = short(rig, 20, "one-vm-for-all", planned=5.0, seconds=5)
+    rig.run(14)
+    rig.world.nodes["schlouder-r1-1"] = "draining"
+    rig.run(300)
+    assert rig.states() == [TaskState.COMPLETE] * 20
+    assert len({task.vm for task in tasks}) == 2
+    assert all(job.state != "CANCELLED" or job.started is None for job in rig.world.jobs.values())
+
+
+def test_a_bundle_holds_a_minute_of_work(rig: Rig) -> None:
+    short(rig, 60, "one-vm-for-all", planned=20.0, seconds=20)
+    rig.run(30)
+    longest = max(len(job.bundled) for job in rig.world.jobs.values())
+    assert longest * 20 <= LENGTH
+
+
+def test_a_share_leaves_enough_for_the_others() -> None:
+    assert [fair_share(waiting, 4, least=4) for waiting in (200, 24, 8, 1, 0)] == [25, 4, 2, 1, 0]
+
+
+def test_only_a_plain_call_of_snakemake_is_forked() -> None:
+    plain = "cd '/a b' && /usr/bin/python -m snakemake --snakefile 'S;f' --target-jobs 'one:i=1'"
+    assert snakemake_call(plain) == (
+        "/a b",
+        ["--snakefile", "S;f", "--target-jobs", "one:i=1"],
+    )
+    for other in (f"{plain} && touch done", f"X=$HOME; {plain}", "run 1 0", plain[8:]):
+        assert snakemake_call(other) is None
