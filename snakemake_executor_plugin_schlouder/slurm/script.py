@@ -9,19 +9,20 @@ from pathlib import Path
 REVOKED = 75
 """Exit code of a script that was revoked (EX_TEMPFAIL)."""
 
-_BEGUN, _REVOKED = ".begun", ".revoked"
+_PART, _BEGUN, _REVOKED = ".part", ".begun", ".revoked"
 
 
 def job_script(name: str, command: str, exit_file: str) -> str:
     """A script that runs `command`, then writes its exit code to `exit_file` in one atomic step.
 
-    A script that was revoked before it began does nothing: it was taken for lost and made again.
+    A script that was revoked before it began does nothing: it was taken for lost and made again. One that
+    Slurm runs once more (`scontrol requeue`) must not leave the exit code of its first run behind.
     SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's
     commands must find the node's own configuration.
     """
     title = " ".join(name.split())
     whole, part, begun, revoked = (
-        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", ".part", _BEGUN, _REVOKED)
+        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", _PART, _BEGUN, _REVOKED)
     )
     return "\n".join(
         [
@@ -29,6 +30,7 @@ def job_script(name: str, command: str, exit_file: str) -> str:
             f"# {title}",
             f": >{begun}",
             f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {REVOKED}; }}",
+            f"[ ! -e {whole} ] || rm -f {whole}",
             '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
             "(",
             command,
@@ -50,6 +52,11 @@ def revoke(exit_file: str) -> bool:
     with contextlib.suppress(OSError):
         Path(exit_file + _REVOKED).touch()
     return Path(exit_file + _BEGUN).exists()
+
+
+def markers(exit_file: str) -> tuple[str, ...]:
+    """What a script leaves that is of no use once its task has ended; not what revokes it."""
+    return exit_file, exit_file + _PART, exit_file + _BEGUN
 
 
 def exit_code(exit_file: str) -> int | None:
