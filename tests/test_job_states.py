@@ -18,9 +18,9 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(tmp_path)
 
 
-def running_job(rig: Rig, seconds: int = 50, **values: object) -> SlurmJob:
+def running_job(rig: Rig, seconds: int = 50, limit: float | None = None) -> SlurmJob:
     """The Slurm job of a task that runs for so long, begun."""
-    (task,) = rig.give(1, seconds=seconds, **values)
+    (task,) = rig.give(1, seconds=seconds, limit=limit)
     rig.run(20)
     assert task.state == TaskState.RUNNING
     return rig.world.jobs[task.attempt_key]
