@@ -31,7 +31,7 @@ ROUNDS = 3
 RATIO_GOAL = 1.5
 NOTICE_GOAL = 2.0
 SNAKEFILE = "rule all:\n    output: 'a'\n    shell: 'touch {output}'\n"
-OURS = ("--executor", "schlouder")
+OURS = ("--executor", "schlouder", "--schlouder-keep-logs")
 PEER = (
     *("--executor", "cluster-generic"),
     *("--cluster-generic-submit-cmd", "sbatch --parsable --partition=schlouder --output=/dev/null"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from . import order
+from . import job_files, order
 from .bundles import Bundles, take_bundle
 from .machines import Machines
 from .model import (
@@ -53,7 +53,7 @@ from .slurm import (
     SubmitOutcome,
 )
 from .slurm.script import TIMED_OUT, BundledJob, Exit, bundle_script, exit_of, job_script, revoke
-from .slurm.states import JobPhase, sentence_of
+from .slurm.states import JobPhase, advice_on, failure_of, sentence_of
 
 MAX_LOSSES = 3
 """Machines a task may lose before it counts as failed."""
@@ -63,6 +63,11 @@ MAX_BOOT_FAILURES = 3
 
 _LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
 _MOVING = (*BOOTING, VMState.TERMINATING)
+_NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
+"""States in which the next step depends on what Slurm says of the node."""
+
+_NODES_SELDOM = 5.0
+_STUCK_PATIENCE = 10.0
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
 _LATE_SUBMISSION = 15.0
@@ -105,17 +110,17 @@ class BrokerConfig:
     @property
     def files(self) -> Path:
         """Job logs and exit codes, on the workflow's file system, which the VMs share."""
-        return self.workdir / ".snakemake" / "schlouder" / self.run
+        return job_files.folder(self.workdir) / self.run
 
     def log_file(self, task: Task) -> str:
-        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log"
+        return f"{self._files}/{job_files.log_name(task)}"
 
     def bundle_log(self, first: Task) -> str:
         """What a bundle says beside its tasks' own logs: nothing, unless it could not begin."""
         return f"{self.log_file(first)}.bundle"
 
     def exit_file(self, task: Task) -> str:
-        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit"
+        return f"{self._files}/{job_files.exit_name(task, task.attempt)}"
 
     @functools.cached_property
     def _files(self) -> str:
@@ -193,6 +198,8 @@ class Broker:
         self._released = False
         self._vm_count = 0
         self._described = -math.inf
+        self._nodes_seen = -math.inf
+        self._stuck: dict[str, float] = {}
         self._ended: list[Task] = []
         self._dirty_vms: dict[str, VM] = {}
         self._dirty_tasks: dict[str, Task] = {}
@@ -258,6 +265,16 @@ class Broker:
             return self._now
         return min(self._machines.next_retirement(), self._planner.next_look())
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the journal has every end of a task that `tick` has returned."""
+        return not self._dirty_tasks
+
+    @property
+    def is_released(self) -> bool:
+        """Whether every VM of the run was given back."""
+        return self._released
+
     def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is; where it made none, that of its bundle."""
         own, bundle = Path(self._config.log_file(task)), Path(self._config.bundle_log(task))
@@ -298,11 +315,16 @@ class Broker:
     def _observe_cluster(self) -> ClusterView | None:
         if not self._machines.unsettled:
             return None
+        due = self._now - self._nodes_seen >= _NODES_SELDOM
+        nodes = due or self._machines.has(*_NODE_MOVING)
         try:
-            return self._bundles.spread(self._cluster.view(self._config.job_name))
+            view = self._bundles.spread(self._cluster.view(self._config.job_name, nodes))
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
             return None
+        if nodes:
+            self._nodes_seen = self._now
+        return view
 
     def _observe_cloud(self) -> None:
         moving = self._machines.has(*_MOVING)
@@ -426,11 +448,42 @@ class Broker:
             self._judge(task, self._witness(self._config.exit_file(task)) or Exit(0))
         elif status.phase == JobPhase.FAILED and not task.recalled:
             task.ended = status.ended
-            self._finish(task, TaskState.FAILED, self._failure(task, status))
-        elif status.phase in (JobPhase.FAILED, JobPhase.LOST):
+            self._judge_failed(task, status)
+        elif status.phase == JobPhase.DISPLACED and not task.recalled:
+            self._displaced(task, sentence_of(status.state))
+        elif status.phase in (JobPhase.FAILED, JobPhase.DISPLACED, JobPhase.LOST):
             self._replace(task, sentence_of(status.state))
         elif task.recalled:
             self._recall([task])
+        elif status.phase == JobPhase.WAITING:
+            self._update_waiting(task, status)
+
+    def _update_waiting(self, task: Task, status: JobStatus) -> None:
+        """A job that ran was put back into the queue by an operator. One that Slurm will not start by
+        itself stays ours, but its VM costs money: the user is told once for every rule and reason."""
+        if task.state == TaskState.RUNNING:
+            task.state, task.started = TaskState.SUBMITTED, None
+            self._vm_of(task).recount(self._now)
+            self._changed(self._vm_of(task))
+            self._dirty(task)
+        advice = advice_on(status.reason, status.slurm_id)
+        if advice is None:
+            self._stuck.pop(task.key, None)
+        elif self._now - self._stuck.setdefault(task.key, self._now) >= _STUCK_PATIENCE:
+            self._tell(
+                f"A job of rule {task.rule} waits on {task.vm} and will not start by itself: Slurm job "
+                f"{status.slurm_id}, {status.reason}: {advice}.",
+                logging.WARNING,
+                about=f"{task.rule} {status.reason.split(',')[0]}",
+            )
+
+    def _displaced(self, task: Task, why: str) -> None:
+        """Its submission has ended for certain, and its VM is good: the task runs there again."""
+        if task.losses + 1 >= MAX_LOSSES or self._stopping:
+            self._finish(task, TaskState.FAILED, f"{why}, {_times(task.losses + 1)}")
+        else:
+            task.losses += 1
+            self._again(self._vm_of(task), task)
 
     def _replace(self, task: Task, why: str) -> None:
         """A submission has ended without the task's doing. Where the machine is the cause, the task waits
@@ -494,16 +547,24 @@ class Broker:
         else:
             self._finish(task, TaskState.FAILED, _told(task, left))
 
-    def _failure(self, task: Task, status: JobStatus) -> str:
+    def _judge_failed(self, task: Task, status: JobStatus) -> None:
+        """Slurm says that the job failed. A script that left exit code 0 had done its work by then, unless
+        memory ran out: that may have cost it a part of it."""
         left = self._witness(self._config.exit_file(task))
-        if status.state == "FAILED" and left is not None:
-            return _told(task, left)
-        return f"{sentence_of(status.state)} (Slurm: {status.state})"
+        out_of_memory = status.state == "OUT_OF_MEMORY"
+        if left is not None and (
+            status.state == "FAILED" or (left.code == 0 and not out_of_memory)
+        ):
+            self._judge(task, left)
+        else:
+            why = failure_of(status.state, status.reason, task.need.memory, task.limit)
+            self._finish(task, TaskState.FAILED, why)
 
     # -- ends of tasks and VMs
 
     def _finish(self, task: Task, state: TaskState, reason: str) -> None:
         """Ends a task that Slurm had."""
+        self._stuck.pop(task.key, None)
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
         vm = self._machines.get(task.vm)
@@ -606,7 +667,8 @@ class Broker:
             task.ended = vm.ended
             self._judge(task, left)
         elif task.losses + 1 >= MAX_LOSSES or self._stopping:
-            self._finish(task, TaskState.FAILED, f"its machine was lost ({vm.reason})")
+            why = f"its machine was lost, {_times(task.losses + 1)} ({vm.reason})"
+            self._finish(task, TaskState.FAILED, why)
         else:
             task.losses += 1
             self._again(vm, task)
@@ -1025,10 +1087,10 @@ class Broker:
             self._stopping = True
             self._log.error("The journal stays unwritable; the run ends with what is running.")
 
-    def _tell(self, message: str, level: int) -> None:
-        """Says a thing once a run, however often it happens."""
-        if message not in self._told:
-            self._told.add(message)
+    def _tell(self, message: str, level: int, about: str = "") -> None:
+        """Says a thing once a run, however often it happens; and `about` a thing only one."""
+        if (about or message) not in self._told:
+            self._told.add(about or message)
             self._log.log(level, message)
 
 
@@ -1036,5 +1098,9 @@ def _told(task: Task, left: Exit) -> str:
     """For a person, how a script ended."""
     took = left.ended - left.begun
     if left.code == TIMED_OUT and task.limit is not None and took >= task.limit:
-        return f"{sentence_of('TIMEOUT')} of {task.limit:.0f} s"
+        return failure_of("TIMEOUT", "", task.need.memory, task.limit)
     return f"ended with exit code {left.code}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -30,6 +30,7 @@ from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterf
 from .broker import Broker, BrokerConfig
 from .dag import Dag, dependencies
 from .history import Boot, History, Walltime, history_path
+from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, RunRecord, journal_path
 from .model import VM, InstanceType, SchlouderError, Task, TaskState
 from .planning import too_big
@@ -47,7 +48,6 @@ _PAUSE_BUSY = 0.5
 _PAUSE_QUIET = 1.0
 _LOOK_UP = 0.05
 _FAILED_ROUNDS = 60
-_LOG_LINES = 30
 
 
 class Executor(RemoteExecutor):
@@ -66,6 +66,8 @@ class Executor(RemoteExecutor):
         self._complete: list[Task] = []
         self._place = ""
         self._ended: dict[str, Task] = {}
+        self._sweeper: Sweeper | None = None
+        self._to_sweep: list[Task] = []
         self._dropped = 0
         self._reported = False
         self._job_cores = 1
@@ -160,6 +162,7 @@ class Executor(RemoteExecutor):
         try:
             self._broker.release()
             self._journal.end_run(self._run, time.time())
+            self._end_sweeping(self._broker)
             self._keep_history()
         except Exception as error:
             self.logger.error(
@@ -203,6 +206,8 @@ class Executor(RemoteExecutor):
             order=config.order,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
+        self._sweeper = Sweeper(self._workdir, self._run)
+        self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint
         self._place = cloud.region if aws else f"{cloud.region}, not AWS"
         self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, asked)
@@ -444,6 +449,7 @@ class Executor(RemoteExecutor):
             ended = self._broker.tick()
             self._ended.update({task.key: task for task in ended})
             self._complete += [task for task in ended if task.state == TaskState.COMPLETE]
+            self._sweep(self._broker, ended)
             self._failed_rounds = 0
         except Exception as error:
             self._failed_rounds += 1
@@ -468,13 +474,33 @@ class Executor(RemoteExecutor):
         assert self._broker is not None
         log = self._broker.log_of(task)
         where = f" on VM {task.vm}" if task.vm else ""
+        shown = tail(log) if task.attempt else ""
         self.report_job_error(
             info,
-            msg=f"Job {task.name}{where}: {task.reason}.\n{_tail(log)}",
+            msg=f"Job {task.name}{where}: {task.reason}.\n{shown}",
             aux_logs=[str(log)] if log.exists() else [],
         )
         if info.job.is_group():
-            self.logger.error(f"Group job {task.name}{where}: {task.reason}.\n{_tail(log)}")
+            self.logger.error(f"Group job {task.name}{where}: {task.reason}.\n{shown}")
+
+    def _sweep(self, broker: Broker, ended: Iterable[Task]) -> None:
+        """Removes the files that ended tasks leave, once the journal has their ends: until then a crash
+        would leave nothing else to tell them."""
+        self._to_sweep += ended
+        if self._sweeper is None or not broker.is_written:
+            return
+        swept, self._to_sweep = self._to_sweep, []
+        if self._config.keep_logs:
+            swept = [task for task in swept if task.state != TaskState.COMPLETE]
+        if names := [name for task in swept for name in names_to_remove(task)]:
+            self._sweeper.remove(names)
+
+    def _end_sweeping(self, broker: Broker) -> None:
+        if self._sweeper is not None:
+            self._sweep(broker, [])
+            over = broker.is_released and broker.is_written and not self._config.keep_logs
+            self._sweeper.close(everything=over)
+            self._sweeper = None
 
     def _ends_run(self, job: Any) -> bool:
         """Whether a failure of this attempt ends the workflow: no retry left and no --keep-going."""
@@ -530,13 +556,3 @@ def _file_name(text: str) -> str:
 
 def _owner() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-def _tail(log: Path) -> str:
-    """The end of a job's log, indented, for the error message."""
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError:
-        return f"    (no log at {log})\n"
-    shown = "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
-    return f"Last lines of {log}:\n{shown}\n"

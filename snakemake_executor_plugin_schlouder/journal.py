@@ -8,6 +8,7 @@ a run writes it.
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -169,6 +170,15 @@ class Journal:
             rows = db.execute("SELECT * FROM runs ORDER BY started").fetchall()
         return [RunRecord(*row) for row in rows]
 
+    def living_runs(self, host: str) -> set[str]:
+        """Names of the runs that may still go on: not ended, and started on another host, of which nothing
+        can be known here, or by a process that is there."""
+        return {
+            record.run
+            for record in self.runs()
+            if record.ended is None and (record.host != host or _is_there(record.pid))
+        }
+
     def vms(self, run: str) -> list[VMRecord]:
         """The run's VMs in the order of their request."""
         columns = (
@@ -210,6 +220,16 @@ class _ReadOnlyJournal(Journal):
                 f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
             )
         return db
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _vm_row(run: str, vm: VM) -> tuple[object, ...]:

@@ -291,8 +291,8 @@ class TapedCluster:
         asked = [[job.key, job.node, job.cpus, job.memory] for job in jobs]
         return self.tape.call("cluster.submit", asked, lambda: _there(self.real).submit(jobs))
 
-    def view(self, run: str) -> ClusterView:
-        return self.tape.call("cluster.view", None, lambda: _there(self.real).view(run))
+    def view(self, run: str, nodes: bool = True) -> ClusterView:
+        return self.tape.call("cluster.view", nodes, lambda: _there(self.real).view(run, nodes))
 
     def cancel_run(self, run: str) -> None:
         self.tape.call("cluster.cancel_run", None, lambda: _there(self.real).cancel_run(run))

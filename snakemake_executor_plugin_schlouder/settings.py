@@ -151,6 +151,17 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Seconds after which a VM that has not joined Slurm is given up.", metavar="S"
         ),
     )
+    keep_logs: bool = field(
+        default=False,
+        metadata=_setting("Keep the logs and exit codes of jobs that succeeded."),
+    )
+    log_days: Optional[int] = field(
+        default=10,
+        metadata=_setting(
+            "Days after which the job logs of earlier runs in this directory are removed.",
+            metavar="DAYS",
+        ),
+    )
     record: Optional[str] = field(
         default=None,
         metadata=_setting(
@@ -181,6 +192,8 @@ class Config:
     munge_key_parameter: str
     partition: str
     boot_timeout: float
+    keep_logs: bool
+    log_days: int
     record: str
 
 
@@ -225,6 +238,8 @@ def validated(settings: ExecutorSettings) -> Config:
         munge_key_parameter=settings.munge_key_parameter or "",
         partition=settings.partition or "",
         boot_timeout=settings.boot_timeout or 0,
+        keep_logs=settings.keep_logs,
+        log_days=settings.log_days or 0,
         record=settings.record or "",
     )
 
@@ -339,6 +354,7 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
 def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
     bounds = (
         ("max-vms", settings.max_vms, 1, "a whole number of at least 1"),
+        ("log-days", settings.log_days, 1, "a whole number of days, at least 1"),
         ("min-charge", settings.min_charge, 0, "seconds, at least 0"),
         ("margin", settings.margin, 0, "seconds, at least 0"),
     )

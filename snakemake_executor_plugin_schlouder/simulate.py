@@ -173,11 +173,11 @@ class _World:
             self._fill(node)
         return [job.key for job in jobs]
 
-    def view(self, run: str) -> ClusterView:
+    def view(self, run: str, nodes: bool = True) -> ClusterView:
         jobs, self._changed_jobs = self._changed_jobs, {}
-        nodes, self._changed_nodes = self._changed_nodes, {}
+        changed, self._changed_nodes = self._changed_nodes, {}
         return ClusterView(
-            jobs, {name: node.status for name, node in nodes.items()}, is_complete=False
+            jobs, {name: node.status for name, node in changed.items()}, is_complete=False
         )
 
     def cancel_run(self, run: str) -> None: ...

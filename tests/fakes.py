@@ -49,6 +49,7 @@ class SlurmJob:
     walltime: float
     exit_code: int
     state: str = "PENDING"
+    reason: str = ""
     started: float | None = None
     ended: float | None = None
     bundled: list[BundledJob] = field(default_factory=list)
@@ -244,6 +245,7 @@ class FakeSlurm:
         self.deleted: list[str] = []
         self.foreign: dict[str, list[str]] = {}
         self.most_queued = 0
+        self.node_views = 0
 
     def check(self) -> ClusterInfo:
         return ClusterInfo((22, 5), "head:6817", "/run/munge/munge.socket.2")
@@ -271,11 +273,13 @@ class FakeSlurm:
         self.world.pass_time(0)
         return slurm_id
 
-    def view(self, run: str) -> ClusterView:
+    def view(self, run: str, nodes: bool = True) -> ClusterView:
         self._answer()
+        self.node_views += nodes
         jobs = {
             key: JobStatus(
-                key, job.slurm_id, phase_of(job.state), job.state, "", job.started, job.ended
+                *(key, job.slurm_id, phase_of(job.state), job.state, job.reason),
+                *(job.started, job.ended),
             )
             for key, job in self.world.jobs.items()
             if key not in self.forgotten
@@ -283,10 +287,10 @@ class FakeSlurm:
         for name, state in self.world.nodes.items():
             if state == "draining" and not (self.world.running_on(name) or name in self.foreign):
                 self.world.nodes[name] = "drained"
-        nodes = {
+        known = {
             name: NodeStatus(name, state, True, "") for name, state in self.world.nodes.items()
         }
-        return ClusterView(jobs, nodes)
+        return ClusterView(jobs, known if nodes else {})
 
     def cancel_run(self, run: str) -> None:
         self._answer()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,3 +152,18 @@ def test_a_failure_is_told_below_its_table_and_a_task_that_never_ran_is_on_no_vm
     text = report.as_text(report.run_report(journal, "r1"))
     assert "   search chunk=1: went wrong" in text
     assert text.index("Not on any VM") < text.index("search chunk=2")
+
+
+def test_a_run_lives_until_it_ended_or_its_process_is_gone() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    journal = Journal(":memory:")
+    for run, host, pid in (
+        ("here", "host", os.getpid()),
+        ("ended", "host", os.getpid()),
+        ("killed", "host", gone.pid),
+        ("elsewhere", "other", gone.pid),
+    ):
+        journal.begin_run(replace(RUN, run=run, host=host, pid=pid))
+    journal.end_run("ended", 2000.0)
+    assert journal.living_runs("host") == {"here", "elsewhere"}

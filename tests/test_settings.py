@@ -48,6 +48,8 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
             "--schlouder-max-vms: 0 is not allowed; it must be a whole number of at least 1",
         ),
         ({"max_vms": -3}, "--schlouder-max-vms: -3"),
+        ({"log_days": 0}, "--schlouder-log-days: 0 is not allowed; it must be a whole number"),
+        ({"log_days": None}, "--schlouder-log-days: None is not allowed"),
         (
             {"order": "size"},
             "--schlouder-order: 'size' is unknown; known are submission, rank, level",

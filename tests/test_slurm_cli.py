@@ -30,7 +30,13 @@ from snakemake_executor_plugin_schlouder.slurm.script import (
     job_script,
     revoke,
 )
-from snakemake_executor_plugin_schlouder.slurm.states import JobPhase, phase_of, sentence_of
+from snakemake_executor_plugin_schlouder.slurm.states import (
+    JobPhase,
+    advice_on,
+    failure_of,
+    phase_of,
+    sentence_of,
+)
 
 REQUEST = JobRequest(
     key="r-1.1",
@@ -109,6 +115,22 @@ def test_nodes_lose_their_flags_but_not_that_they_are_silent() -> None:
         ("CANCELLED+", JobPhase.FAILED),
         ("TIMEOUT", JobPhase.FAILED),
         ("NODE_FAIL", JobPhase.LOST),
+        ("BOOT_FAIL", JobPhase.LOST),
+        ("PREEMPTED", JobPhase.DISPLACED),
+        ("OUT_OF_MEMORY", JobPhase.FAILED),
+        ("DEADLINE", JobPhase.FAILED),
+        ("REQUEUED", JobPhase.WAITING),
+        ("REQUEUE_HOLD", JobPhase.WAITING),
+        ("SPECIAL_EXIT", JobPhase.WAITING),
+        ("EXPEDITING", JobPhase.WAITING),
+        ("LAUNCH_FAILED", JobPhase.WAITING),
+        ("RECONFIG_FAIL", JobPhase.WAITING),
+        ("POWER_UP_NODE", JobPhase.WAITING),
+        ("STOPPED", JobPhase.RUNNING),
+        ("SUSPENDED", JobPhase.RUNNING),
+        ("SIGNALING", JobPhase.RUNNING),
+        ("STAGE_OUT", JobPhase.RUNNING),
+        ("UPDATE_DB", JobPhase.RUNNING),
         ("A_STATE_OF_THE_FUTURE", JobPhase.RUNNING),
         ("", JobPhase.RUNNING),
     ],
@@ -116,6 +138,55 @@ def test_nodes_lose_their_flags_but_not_that_they_are_silent() -> None:
 def test_what_a_state_means(state: str, phase: JobPhase) -> None:
     assert phase_of(state) == phase
     assert sentence_of(state)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "limit", "text"),
+    [
+        ("OUT_OF_MEMORY", "OutOfMemory", 60.0, "used more memory than its mem_mb (2000 MiB)"),
+        ("TIMEOUT", "TimeLimit", 5400.0, "ran longer than its runtime (90 min)"),
+        ("TIMEOUT", "TimeLimit", None, "the partition's time limit (the rule has no runtime)"),
+        ("CANCELLED by 0", "None", None, "was cancelled in Slurm by root (Slurm: CANCELLED by 0)"),
+        ("CANCELLED by 4294967", "", None, "in Slurm by the user with id 4294967"),
+        ("CANCELLED", "BeginTime", None, "was cancelled in Slurm (Slurm: CANCELLED)"),
+        ("FAILED", "NonZeroExitCode", None, "non-zero exit code (Slurm: FAILED, NonZeroExitCode)"),
+        ("FAILED", "JobLaunchFailure", None, "could not be launched"),
+        ("DEADLINE", "DeadLine", None, "could not end before its deadline (Slurm: DEADLINE)"),
+    ],
+)
+def test_a_failure_says_who_ended_the_job_and_what_it_had_asked_for(
+    state: str, reason: str, limit: float | None, text: str
+) -> None:
+    assert text in failure_of(state, reason, 2000, limit)
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("JobHeldUser", "scontrol release 17"),
+        ("JobHeldAdmin", "scontrol release 17"),
+        ("launch failed requeued held", "scontrol release 17"),
+        ("BadConstraints", "constraint"),
+        ("InvalidAccount", "slurm_account"),
+        ("InvalidQOS", "qos"),
+        ("ReservationDeleted", "reservation"),
+        ("DependencyNeverSatisfied", "dependency"),
+        ("PartitionNodeLimit", "limit of the partition"),
+        ("AssocGrpCPUMinutesLimit", "limit of your account"),
+        ("AssociationResourceLimit", "limit of your account"),
+        ("QOSMaxCpuPerUserLimit", "limit of your account"),
+        ("MaxJobsPerAccount", "limit of your account"),
+        ("ReqNodeNotAvail, UnavailableNodes:n1", "sinfo -R"),
+        ("Nodes required for job are DOWN, DRAINED or reserved", "sinfo -R"),
+    ],
+)
+def test_a_reason_that_does_not_pass_by_itself_comes_with_advice(reason: str, advice: str) -> None:
+    assert advice in (advice_on(reason, "17") or "")
+
+
+@pytest.mark.parametrize("reason", ["", "None", "Resources", "Priority", "BeginTime", "Licenses"])
+def test_a_reason_that_passes_is_no_news(reason: str) -> None:
+    assert advice_on(reason, "17") is None
 
 
 def test_the_controller_and_its_munge_socket_are_read_from_the_configuration() -> None:

@@ -102,6 +102,12 @@ class Controller:
     def running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
+    def restart_if_shut_down(self) -> None:
+        """Starts slurmctld again, with the state it saved, after `scontrol shutdown`."""
+        if self.processes[-1].poll() == 0:
+            self.processes.pop()
+            self._run_slurmctld()
+
     def stop(self) -> None:
         """Without a farewell: slurmctld would take a second to save a state that nobody reads again."""
         for process in self.processes:
@@ -161,6 +167,9 @@ class Controller:
         # The one for v1 is content with none as long as nothing is to be confined.
         plugin = "disabled" if version >= (24, 5) else "cgroup/v1"
         (self.state / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
+        self._run_slurmctld()
+
+    def _run_slurmctld(self) -> None:
         self._start(["slurmctld", "-D", "-i", "-f", str(self.slurm_conf)], "slurmctld.out")
 
     def _resolve_to_gateway(self, hostname: str) -> None:

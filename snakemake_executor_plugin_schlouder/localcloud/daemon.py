@@ -83,7 +83,10 @@ class Cloud:
             self.controller.stop()
 
     def healthy(self) -> bool:
-        return self.controller is not None and self.controller.running()
+        if self.controller is None:
+            return False
+        self.controller.restart_if_shut_down()
+        return self.controller.running()
 
     def _record(self, **facts: Any) -> None:
         """Replaces the file as a whole: readers never see half of it."""

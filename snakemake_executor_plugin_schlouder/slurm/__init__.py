@@ -88,7 +88,8 @@ class NodeStatus:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """One reading of the controller: this run's submissions by key, the partition's nodes by name.
+    """One reading of the controller: this run's submissions by key, and, if asked for, the partition's
+    nodes by name.
     One that is not complete holds what has changed since the last one; only a complete one can show
     that something is missing."""
 
@@ -113,8 +114,8 @@ class Cluster(Protocol):
         where Slurm stopped answering: the rest was not tried."""
         ...
 
-    def view(self, run: str) -> ClusterView:
-        """All jobs named `run` that Slurm still knows, and all nodes of the partition."""
+    def view(self, run: str, nodes: bool = True) -> ClusterView:
+        """All jobs named `run` that Slurm still knows, and, with `nodes`, all nodes of the partition."""
         ...
 
     def cancel_run(self, run: str) -> None:

@@ -205,11 +205,14 @@ class SlurmCommands:
             return ClusterUnavailable(message)
         return SubmissionRefused(message)
 
-    def view(self, run: str) -> ClusterView:
+    def view(self, run: str, nodes: bool = True) -> ClusterView:
         jobs = self._read(
             ["squeue", f"--name={run}", "--states=all", "--noheader", f"--format={_JOB_FORMAT}"]
         )
-        nodes = self._read(
+        return ClusterView(parse_jobs(jobs), self._nodes() if nodes else {})
+
+    def _nodes(self) -> dict[str, NodeStatus]:
+        listed = self._read(
             [
                 "sinfo",
                 "--Node",
@@ -218,7 +221,7 @@ class SlurmCommands:
                 f"--format={_NODE_FORMAT}",
             ]
         )
-        return ClusterView(parse_jobs(jobs), parse_nodes(nodes))
+        return parse_nodes(listed)
 
     def cancel_run(self, run: str) -> None:
         self._read(["scancel", f"--name={run}"])

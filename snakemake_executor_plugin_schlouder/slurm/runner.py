@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .script import BEGUN, REVOKED, TIMED_OUT, BundledJob
+from .script import BEGUN, DONE, PART, REVOKED, TIMED_OUT, BundledJob
 
 _GRACE = 10.0
 """Seconds between asking a job to end and killing it."""
@@ -28,9 +28,12 @@ _BEGAN = time.monotonic()
 
 
 def main() -> None:
+    """A bundle that Slurm runs once more (`scontrol requeue`) goes on after the last job that was over."""
     jobs = [BundledJob(**job) for job in json.load(sys.stdin)]
+    done = Path(jobs[0].exit_file + DONE)
+    over = int(done.read_text()) if done.exists() else 0
     _load_snakemake()
-    for job in jobs:
+    for number, job in enumerate(jobs[over:], over + 1):
         Path(job.exit_file + BEGUN).touch()
         if Path(job.exit_file + REVOKED).exists():
             Path(job.exit_file + BEGUN).unlink(missing_ok=True)
@@ -41,6 +44,7 @@ def main() -> None:
             sys.exit(_run(job))
         code = _wait(child, job.limit)
         _leave(job.exit_file, f"{code} {begun:.3f} {time.monotonic() - _BEGAN:.3f}\n")
+        _leave(str(done), str(number))
 
 
 def snakemake_call(command: str) -> tuple[str, list[str]] | None:
@@ -113,11 +117,11 @@ def _wait(child: int, limit: float | None) -> int:
         os.close(watch)
 
 
-def _leave(exit_file: str, text: str) -> None:
+def _leave(path: str, text: str) -> None:
     """In one atomic step, so that nobody reads half of it."""
-    part = Path(f"{exit_file}.part")
+    part = Path(path + PART)
     part.write_text(text)
-    part.replace(exit_file)
+    part.replace(path)
 
 
 if __name__ == "__main__":

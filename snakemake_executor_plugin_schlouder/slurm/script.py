@@ -17,8 +17,8 @@ VOID = 75
 TIMED_OUT = 124
 """Exit code of a bundled job that ran longer than its `runtime`, as of timeout(1)."""
 
-BEGUN, REVOKED = ".begun", ".revoked"
-"""Endings of the marker files beside an exit-code file."""
+PART, BEGUN, REVOKED, DONE = ".part", ".begun", ".revoked", ".done"
+"""Endings of the files beside an exit-code file; the last one holds how many jobs of a bundle are over."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class BundledJob:
 def job_script(name: str, command: str, exit_file: str) -> str:
     """A script that runs `command`, then writes its exit code to `exit_file` in one atomic step.
 
-    A script that was revoked before it began does nothing: it was taken for lost and made again.
+    A script that was revoked before it began does nothing: it was taken for lost and made again. One that
+    Slurm runs once more (`scontrol requeue`) must not leave the exit code of its first run behind.
     SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's
     commands must find the node's own configuration.
     """
     title = " ".join(name.split())
     whole, part, begun, revoked = (
-        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", ".part", BEGUN, REVOKED)
+        shlex.quote(f"{exit_file}{suffix}") for suffix in ("", PART, BEGUN, REVOKED)
     )
     return "\n".join(
         [
@@ -58,6 +59,7 @@ def job_script(name: str, command: str, exit_file: str) -> str:
             f"# {title}",
             f": >{begun}",
             f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {VOID}; }}",
+            f"[ ! -e {whole} ] || rm -f {whole}",
             '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
             "(",
             command,
@@ -99,6 +101,11 @@ def revoke(exit_file: str) -> bool:
     with contextlib.suppress(OSError):
         Path(exit_file + REVOKED).touch()
     return Path(exit_file + BEGUN).exists()
+
+
+def markers(exit_file: str) -> tuple[str, ...]:
+    """What a script leaves that is of no use once its task has ended; not what revokes it."""
+    return exit_file, exit_file + PART, exit_file + BEGUN
 
 
 def exit_of(exit_file: str) -> Exit | None:
