@@ -67,6 +67,7 @@ _NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
 """States in which the next step depends on what Slurm says of the node."""
 
 _NODES_SELDOM = 5.0
+_ASK_OFTEN, _ASK_SELDOM = 2.0, 15.0
 _STUCK_PATIENCE = 10.0
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
@@ -88,7 +89,8 @@ _CONSOLE_LINES = 15
 class BrokerConfig:
     """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
     `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
-    waiting tasks, where their strategy has none of its own."""
+    waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
+    as soon as Slurm would, so that Slurm need not be asked every round."""
 
     run: str
     workdir: Path
@@ -101,6 +103,7 @@ class BrokerConfig:
     goal: Goal = field(default_factory=Goal)
     sharing: bool = True
     order: str = order.SUBMISSION
+    asks_seldom: bool = False
 
     @property
     def job_name(self) -> str:
@@ -199,6 +202,8 @@ class Broker:
         self._vm_count = 0
         self._described = -math.inf
         self._nodes_seen = -math.inf
+        self._asked = -math.inf
+        self._news = self._now
         self._stuck: dict[str, float] = {}
         self._ended: list[Task] = []
         self._dirty_vms: dict[str, VM] = {}
@@ -315,6 +320,8 @@ class Broker:
     def _observe_cluster(self) -> ClusterView | None:
         if not self._machines.unsettled:
             return None
+        if self._config.asks_seldom and not self._is_asking_due():
+            return self._bundles.spread(ClusterView(is_complete=False))
         due = self._now - self._nodes_seen >= _NODES_SELDOM
         nodes = due or self._machines.has(*_NODE_MOVING)
         try:
@@ -322,9 +329,22 @@ class Broker:
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer, waiting for it: {error}", logging.WARNING)
             return None
+        self._asked = self._now
         if nodes:
             self._nodes_seen = self._now
         return view
+
+    def _is_asking_due(self) -> bool:
+        """Whether Slurm has something to tell: a node is on its way, a job has left its exit code, or the
+        last answer is old; the older the last news, the longer it holds."""
+        pause = min(_ASK_SELDOM, max(_ASK_OFTEN, (self._now - self._news) / 10))
+        if self._now - self._asked >= pause or self._machines.has(*_NODE_MOVING):
+            return True
+        return any(
+            task.recalled or self._witness(self._config.exit_file(task)) is not None
+            for task in self._submitted.values()
+            if not self._bundles.holds(task)
+        )
 
     def _observe_cloud(self) -> None:
         moving = self._machines.has(*_MOVING)
@@ -564,6 +584,7 @@ class Broker:
 
     def _finish(self, task: Task, state: TaskState, reason: str) -> None:
         """Ends a task that Slurm had."""
+        self._news = self._now
         self._stuck.pop(task.key, None)
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
@@ -809,6 +830,7 @@ class Broker:
         due = self._take_due()
         if not due:
             return
+        self._news = self._now
         tried = 0
         if self._flush():
             outcomes = self._cluster.submit([self._request(vm, tasks) for vm, tasks in due])

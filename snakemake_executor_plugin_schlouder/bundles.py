@@ -63,10 +63,11 @@ def _goes_with(first: Task, task: Task) -> bool:
 @dataclass
 class _Bundle:
     """Tasks with the attempt that was bundled; `reached`: seconds after its begin at which the last one of
-    those that have ended did."""
+    those that have ended did; `status`: what Slurm said last."""
 
     members: list[tuple[str, Task]]
     reached: float = 0.0
+    status: JobStatus | None = None
 
     def left(self) -> list[Task]:
         """The tasks that have not ended, and were not submitted again."""
@@ -91,10 +92,12 @@ class Bundles:
         self._revoke = revoke
         self._exit_file = exit_file
         self._bundles: dict[str, _Bundle] = {}
+        self._attempts: set[str] = set()
 
     def add(self, tasks: Sequence[Task]) -> None:
         """These are submitted together, under the key of the first."""
         self._bundles[tasks[0].attempt_key] = _Bundle([(task.attempt_key, task) for task in tasks])
+        self._attempts.update(task.attempt_key for task in tasks)
 
     def spread(self, view: ClusterView) -> ClusterView:
         """The view with a status of its own for every task of a bundle."""
@@ -102,15 +105,22 @@ class Bundles:
             return view
         jobs = dict(view.jobs)
         for key, bundle in list(self._bundles.items()):
-            status, left = jobs.get(key), bundle.left()
+            if view.is_complete or key in jobs:
+                bundle.status = jobs.get(key)
+            status, left = bundle.status, bundle.left()
             if left and status is not None:
-                del jobs[key]
+                jobs.pop(key, None)
                 jobs.update(self._statuses(bundle, status, left))
             elif not left and (status is None or status.phase not in _ALIVE):
+                self._attempts.difference_update(attempt for attempt, _ in bundle.members)
                 del self._bundles[key]
             elif not left and status is not None and status.phase == JobPhase.RUNNING:
-                del jobs[key]
+                jobs.pop(key, None)
         return replace(view, jobs=jobs)
+
+    def holds(self, task: Task) -> bool:
+        """Whether it was submitted together with others."""
+        return task.attempt_key in self._attempts
 
     def shares_job(self, task: Task) -> bool:
         """Whether another task runs in the same Slurm job, so that it must not be cancelled."""

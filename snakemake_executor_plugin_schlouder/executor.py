@@ -204,6 +204,7 @@ class Executor(RemoteExecutor):
             goal=config.goal,
             sharing=config.sharing,
             order=config.order,
+            asks_seldom=True,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
         self._sweeper = Sweeper(self._workdir, self._run)

@@ -245,6 +245,7 @@ class FakeSlurm:
         self.deleted: list[str] = []
         self.foreign: dict[str, list[str]] = {}
         self.most_queued = 0
+        self.views = 0
         self.node_views = 0
 
     def check(self) -> ClusterInfo:
@@ -275,6 +276,7 @@ class FakeSlurm:
 
     def view(self, run: str, nodes: bool = True) -> ClusterView:
         self._answer()
+        self.views += 1
         self.node_views += nodes
         jobs = {
             key: JobStatus(

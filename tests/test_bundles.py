@@ -91,6 +91,17 @@ def test_a_bundle_holds_a_minute_of_work(rig: Rig) -> None:
     assert longest * 20 <= LENGTH
 
 
+def test_slurm_is_asked_seldom_where_files_tell_what_ends(tmp_path: Path) -> None:
+    asked = []
+    for seldom in (True, False):
+        rig = Rig(tmp_path / str(seldom), types=(TWO,), max_vms=2, asks_seldom=seldom)
+        short(rig, 200)
+        rig.run(150)
+        assert rig.states() == [TaskState.COMPLETE] * 200
+        asked.append(rig.slurm.views)
+    assert asked[0] < 0.7 * asked[1]
+
+
 def test_a_share_leaves_enough_for_the_others() -> None:
     assert [fair_share(waiting, 4, least=4) for waiting in (200, 24, 8, 1, 0)] == [25, 4, 2, 1, 0]
 
