@@ -764,8 +764,9 @@ class Broker:
 
     def _takes_one_more(self, vm: VM) -> bool:
         """A task that fits beside the running ones, or else one task ahead, so that Slurm has the next
-        one at hand when a running one ends."""
-        return vm.has_room(vm.queue[0].need) or vm.has_room(Need(0, 0))
+        one at hand when a running one ends; Slurm knows of no GPUs and would not wait for them."""
+        need = vm.queue[0].need
+        return vm.has_room(need) or vm.has_room(Need(0, 0, need.gpus))
 
     def _take_reply(self, vm: VM, task: Task, outcome: SubmitOutcome) -> None:
         if isinstance(outcome, str):

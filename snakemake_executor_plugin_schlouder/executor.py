@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import getpass
 import os
 import re
@@ -36,6 +37,7 @@ from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
 from .provision import Cloud, Ec2Settings, Join, connect
+from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
 from .slurm.cli import SlurmCommands
@@ -73,6 +75,7 @@ class Executor(RemoteExecutor):
         self._handlers: dict[int, Any] = {}
         self._failed_rounds = 0
         self._task_count = 0
+        self._ignored: set[str] = set()
         self._run = uuid.uuid4().hex[:8]
         super().__init__(workflow, logger)
 
@@ -182,7 +185,7 @@ class Executor(RemoteExecutor):
     def _open(self, jobs: list[Any]) -> None:
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
-        asked = self._asked(jobs)
+        asked = self._handed_over(self._asked(jobs))
         cluster = SlurmCommands(config.partition, self.envvars())
         info = cluster.check()
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
@@ -334,7 +337,7 @@ class Executor(RemoteExecutor):
         return settings.limit if settings.planned is None else settings.planned
 
     def _asked(self, jobs: list[Any]) -> dict[Any, RuleSettings]:
-        """What each job asks for; all wrong resources in one error."""
+        """What each job or group asks for; all wrong resources in one error."""
         found: dict[Any, RuleSettings] = {}
         problems: dict[str, None] = {}
         for job in jobs:
@@ -345,6 +348,15 @@ class Executor(RemoteExecutor):
         if problems:
             raise SchlouderError("\n".join(problems))
         return found
+
+    def _handed_over(self, asked: dict[Any, RuleSettings]) -> dict[Any, RuleSettings]:
+        """The same with the groups in their members' place, for a group comes as one task. Snakemake
+        works a group's resources out once and for all, so that it is asked on a copy: some may depend
+        on files that are still to be made."""
+        group_of = getattr(self.dag, "get_job_group", lambda job: None)
+        groups = {group_of(job) for job in asked} - {None}
+        alone = {job: settings for job, settings in asked.items() if group_of(job) is None}
+        return {**alone, **self._asked([copy.copy(group) for group in groups])}
 
     def _announcements(self, asked: Mapping[Any, RuleSettings]) -> list[Announcement]:
         return [
@@ -369,12 +381,16 @@ class Executor(RemoteExecutor):
 
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())
-        threads = job.threads if isinstance(job.threads, int) else 1
-        return rule_settings(job.name, max(1, threads), resources, self._config)
+        threads = max(1, job.threads if isinstance(job.threads, int) else 1)
+        if job.is_group():
+            members = [dict(member.resources.items()) for member in job.jobs]
+            resources = of_group(resources, threads, members)
+        return rule_settings(job.name, threads, resources, self._config)
 
     def _task(self, job: JobExecutorInterface) -> Task:
         settings = self._settings(job)
         self._job_cores = settings.need.cpus
+        self._tell_ignored(settings.ignored)
         self._task_count += 1
         task = Task(
             key=f"{self._run}-{self._task_count}",
@@ -388,9 +404,17 @@ class Executor(RemoteExecutor):
             limit=settings.limit,
             planned=self._planned(settings),
             is_limit=settings.planned is None,
+            options=settings.options,
         )
         self._places.note(job, task)
         return task
+
+    def _tell_ignored(self, names: Iterable[str]) -> None:
+        """Once a run for each resource."""
+        for name in names:
+            if name not in self._ignored:
+                self._ignored.add(name)
+                self.logger.info(f"schlouder: the resource {name} is not used: {IGNORED[name]}.")
 
     def _warn_of_few_jobs(self, ahead: int) -> None:
         """Strategies see only what Snakemake hands over at a time."""

@@ -15,8 +15,9 @@ from typing import Any, Optional
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
-from .model import Billing, Need, SchlouderError
+from .model import Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
+from .resources import demand, known
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -178,12 +179,14 @@ class Config:
 @dataclass(frozen=True)
 class RuleSettings:
     """What the resources of one job say. `limit` (runtime) and `planned` (schlouder_walltime) in
-    seconds, None if not given."""
+    seconds, None if not given; `ignored` are names of resources that cannot be honoured."""
 
     strategy: str
     need: Need
     limit: Optional[float]
     planned: Optional[float]
+    options: SlurmOptions = field(default_factory=SlurmOptions)
+    ignored: tuple[str, ...] = ()
 
 
 def validated(settings: ExecutorSettings) -> Config:
@@ -221,21 +224,31 @@ def validated(settings: ExecutorSettings) -> Config:
 def rule_settings(
     rule: str, threads: int, resources: Mapping[str, Any], config: Config
 ) -> RuleSettings:
-    """What a job of `rule` asks for; SchlouderError names the rule, the resource and what is allowed.
+    """What a job of `rule` asks for; SchlouderError tells all that is wrong with it, each with the rule,
+    the resource and what is allowed.
 
     A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
     """
-    strategy = _known(resources.get("schlouder_strategy")) or config.strategy
+    problems: list[str] = []
+    strategy = known(resources.get("schlouder_strategy")) or config.strategy
+    walltime = known(resources.get("schlouder_walltime"))
+    planned, asked = None, None
     try:
         _check_goal(strategy, config.goal)
     except SchlouderError as error:
-        raise SchlouderError(f"rule {rule}: schlouder_{error}") from error
-    memory = _integer(rule, "mem_mb", _known(resources.get("mem_mb")))
-    runtime = _integer(rule, "runtime", _known(resources.get("runtime")))
-    limit = None if runtime is None else runtime * 60.0
-    walltime = _known(resources.get("schlouder_walltime"))
-    planned = None if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
-    return RuleSettings(strategy, Need(threads, memory or 0), limit, planned)
+        problems.append(f"rule {rule}: schlouder_{error}")
+    try:
+        if walltime is not None:
+            planned = seconds(f"rule {rule}: schlouder_walltime", walltime)
+    except SchlouderError as error:
+        problems.append(str(error))
+    try:
+        asked = demand(rule, threads, resources)
+    except SchlouderError as error:
+        problems.append(str(error))
+    if asked is None or problems:
+        raise SchlouderError("\n".join(problems))
+    return RuleSettings(strategy, asked.need, asked.limit, planned, asked.options, asked.ignored)
 
 
 def seconds(setting: str, value: Any, otherwise: str = "") -> float:
@@ -344,20 +357,3 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
 
 def _words(text: Optional[str]) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[,\s]+", text or "") if word)
-
-
-def _known(value: Any) -> Any:
-    """None for what Snakemake marks as to be determined (`<TBD>`)."""
-    return (
-        None if value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>" else value
-    )
-
-
-def _integer(rule: str, resource: str, value: Any) -> Optional[int]:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise SchlouderError(
-            f"rule {rule}: {resource}: {value!r} is not allowed; it must be a number above 0"
-        )
-    return int(value)
