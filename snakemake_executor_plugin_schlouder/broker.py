@@ -76,6 +76,7 @@ _RELEASE_PATIENCE = 30.0
 _RELEASE_PAUSE = 0.2
 _LAST_BREATH = 2.0
 _CONSOLE_LINES = 15
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class BrokerConfig:
         return self.workdir / ".snakemake" / "schlouder" / self.run
 
     def log_file(self, task: Task) -> str:
-        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.log"
+        return f"{self._files}/{task.jobid}-{task.rule[:_LONGEST_NAME]}.{task.attempt}.log"
 
     def exit_file(self, task: Task) -> str:
-        return f"{self._files}/{task.jobid}-{task.rule}.{task.attempt}.exit"
+        return f"{self._files}/{task.jobid}-{task.rule[:_LONGEST_NAME]}.{task.attempt}.exit"
 
     @functools.cached_property
     def _files(self) -> str:

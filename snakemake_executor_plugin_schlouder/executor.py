@@ -37,6 +37,7 @@ from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
 from .provision import Cloud, Ec2Settings, Join, connect
+from .quoting import quoted_rules, shell_command
 from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
@@ -114,6 +115,9 @@ class Executor(RemoteExecutor):
     def cores(self) -> int:
         """The CPUs the job being written down gets of its VM; a shared VM has more."""
         return self._job_cores
+
+    def get_job_args(self, job: JobExecutorInterface) -> str:
+        return quoted_rules(super().get_job_args(job), job.rules)
 
     # -- Snakemake asks what became of them
 
@@ -399,7 +403,7 @@ class Executor(RemoteExecutor):
             jobid=_file_name(str(job.jobid)),
             strategy=settings.strategy,
             need=settings.need,
-            command=self.format_job_exec(job),
+            command=shell_command(self.format_job_exec(job)),
             ends_run=self._ends_run(job),
             limit=settings.limit,
             planned=self._planned(settings),
