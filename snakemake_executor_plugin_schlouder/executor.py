@@ -29,7 +29,7 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
 from .broker import Broker, BrokerConfig
-from .dag import Dag, dependencies
+from .dag import Dag, dependencies, members_of
 from .history import Boot, History, Walltime, history_path
 from .journal import Journal, RunRecord, journal_path
 from .model import VM, InstanceType, SchlouderError, Task, TaskState
@@ -115,6 +115,10 @@ class Executor(RemoteExecutor):
     def cores(self) -> int:
         """The CPUs the job being written down gets of its VM; a shared VM has more."""
         return self._job_cores
+
+    def get_jobscript(self, job: JobExecutorInterface) -> str:
+        """Beside which Snakemake puts long lists of files; a rule's name may be no name of a file."""
+        return str(Path(self.tmpdir, _file_name(str(job.jobid))))
 
     def get_job_args(self, job: JobExecutorInterface) -> str:
         return quoted_rules(super().get_job_args(job), job.rules)
@@ -358,9 +362,9 @@ class Executor(RemoteExecutor):
         works a group's resources out once and for all, so that it is asked on a copy: some may depend
         on files that are still to be made."""
         group_of = getattr(self.dag, "get_job_group", lambda job: None)
-        groups = {group_of(job) for job in asked} - {None}
+        groups = dict.fromkeys(group_of(job) for job in asked)
         alone = {job: settings for job, settings in asked.items() if group_of(job) is None}
-        return {**alone, **self._asked([copy.copy(group) for group in groups])}
+        return {**alone, **self._asked([copy.copy(group) for group in groups if group])}
 
     def _announcements(self, asked: Mapping[Any, RuleSettings]) -> list[Announcement]:
         return [
@@ -372,12 +376,14 @@ class Executor(RemoteExecutor):
         """The workflow's graph as far as it is known; a look ahead like `_jobs_ahead`."""
         from .recording import PlannedJob
 
-        names = {job: _display_name(job) for job in asked}
+        name_of = {member: _display_name(job) for job in asked for member in members_of(job)}
         waits = dependencies(self.dag)
         planned = []
-        for job, name in names.items():
-            settings = asked[job]
-            after = tuple(names[other] for other in waits.get(job, ()) if other in names)
+        for job, settings in asked.items():
+            name, members = _display_name(job), members_of(job)
+            before = [other for member in members for other in waits.get(member, ())]
+            names = [name_of[other] for other in before if other in name_of]
+            after = tuple(dict.fromkeys(other for other in names if other != name))
             rule = _file_name(job.name)
             estimate = self._planned(settings)
             planned.append(PlannedJob(name, rule, settings.need, estimate, after))

@@ -402,4 +402,4 @@ def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
 
 
 def _gpus(count: int, model: str) -> str:
-    return f", {count} GPUs {model}".rstrip() if count else ""
+    return f", {count} GPU{'s' * (count > 1)} {model}".rstrip() if count else ""

@@ -6,11 +6,11 @@ only plain types and `Optional[...]`, never `X | None` or strings.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
@@ -18,6 +18,8 @@ from . import order, strategies
 from .model import Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known
+
+_T = TypeVar("_T")
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -230,22 +232,21 @@ def rule_settings(
     A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
     """
     problems: list[str] = []
+
+    def checked(check: Callable[[], _T]) -> Optional[_T]:
+        try:
+            return check()
+        except SchlouderError as error:
+            problems.append(str(error))
+            return None
+
     strategy = known(resources.get("schlouder_strategy")) or config.strategy
+    checked(lambda: _check_goal(strategy, config.goal, f"rule {rule}: schlouder_"))
     walltime = known(resources.get("schlouder_walltime"))
-    planned, asked = None, None
-    try:
-        _check_goal(strategy, config.goal)
-    except SchlouderError as error:
-        problems.append(f"rule {rule}: schlouder_{error}")
-    try:
-        if walltime is not None:
-            planned = seconds(f"rule {rule}: schlouder_walltime", walltime)
-    except SchlouderError as error:
-        problems.append(str(error))
-    try:
-        asked = demand(rule, threads, resources)
-    except SchlouderError as error:
-        problems.append(str(error))
+    planned = None
+    if walltime is not None:
+        planned = checked(lambda: seconds(f"rule {rule}: schlouder_walltime", walltime))
+    asked = checked(lambda: demand(rule, threads, resources))
     if asked is None or problems:
         raise SchlouderError("\n".join(problems))
     return RuleSettings(strategy, asked.need, asked.limit, planned, asked.options, asked.ignored)
@@ -274,11 +275,15 @@ def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
     return goal
 
 
-def _check_goal(strategy: str, goal: Goal) -> None:
-    """SchlouderError if there is no such strategy, or it lacks the setting of its name."""
-    strategies.make(strategy)
+def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:
+    """SchlouderError, which begins with `prefix`, if there is no such strategy, or it lacks the setting
+    of its name."""
+    try:
+        strategies.make(strategy)
+    except SchlouderError as error:
+        raise SchlouderError(f"{prefix}{error}") from error
     if not goal.allows(strategy):
-        raise SchlouderError(f"strategy: {strategy!r} needs --schlouder-{strategy}")
+        raise SchlouderError(f"{prefix}strategy: {strategy!r} needs --schlouder-{strategy}")
 
 
 def _deadline(text: Optional[str]) -> float:

@@ -3,6 +3,7 @@ names of every kind."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,7 @@ rule:
     output: "out/named"
     shell: "touch {{output}}"
 rule {"l" * 300}:
+    input: expand("in/many{{i}}", i=range(25))
     output: "out/long"
     shell: "touch {{output}}"
 """
@@ -147,8 +149,8 @@ def write(site: Site, snakefile: str) -> None:
 
 def test_slurm_is_asked_for_what_the_rule_asks_for(site: Site) -> None:
     write(site, ASKING)
-    elsewhere = site.directory.parent / f"{site.directory.name}-not-on-vms"
-    done = site.run("--schlouder-instance-types", TYPES, TMPDIR=str(elsewhere))
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as not_on_vms:
+        done = site.run("--schlouder-instance-types", TYPES, TMPDIR=not_on_vms)
     assert done.returncode == 0, done.stdout
     shown = {path.name: path.read_text() for path in (site.directory / "out").iterdir()}
     for text in (
@@ -215,7 +217,7 @@ def test_all_that_is_wrong_is_told_at_once_before_any_vm_starts(site: Site) -> N
     ("resources", "message"),
     [
         ("gpu=2", " MiB, 2 GPUs; the allowed instance types offer"),
-        ("gpu=1, gpu_model='v100'", "1 GPUs v100; the allowed instance types offer"),
+        ("gpu=1, gpu_model='v100'", "1 GPU v100; the allowed instance types offer"),
         ("constraint='m5.large&avx'", "names avx, which no VM has as a feature; allowed are"),
         ("constraint='m5.large&m5.4xlarge'", "with the features m5.large&m5.4xlarge; the allowed"),
         ("tasks=20", "rule one needs 20 cpus"),
@@ -244,7 +246,7 @@ def test_what_sbatch_refuses_is_the_error_of_the_job(site: Site) -> None:
 
 def test_names_of_every_kind_reach_the_job_as_they_are(site: Site) -> None:
     write(site, NAMED)
-    for name in NAMES:
+    for name in (*NAMES, *(f"many{i}" for i in range(25))):
         path = site.directory / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
