@@ -867,7 +867,8 @@ class Broker:
 
     def _takes_one_more(self, vm: VM) -> bool:
         """A task that fits beside the running ones, or else one task ahead."""
-        return vm.has_room(vm.queue[0].need) or vm.takes_one_ahead
+        need = vm.queue[0].need
+        return vm.has_room(need) or vm.takes_ahead(need.gpus)
 
     def _take_reply(self, vm: VM, tasks: Sequence[Task], outcome: SubmitOutcome) -> None:
         if isinstance(outcome, ClusterUnavailable):

@@ -26,7 +26,7 @@ class Dag:
     def note(self, job: Any, task: Task) -> None:
         """Sets the place of `task`, which stands for `job`, and remembers it for those that wait for it.
         A group stands where its first job does, and has the rank of the way through all of them."""
-        members = _members(job)
+        members = members_of(job)
         self._look_up(members)
         found = [self._places[member] for member in members]
         task.level = min((place.level for place in found), default=0)
@@ -54,7 +54,7 @@ class Dag:
         return tuple(dict.fromkeys(key for key in keys if key is not None))
 
 
-def _members(job: Any) -> list[Any]:
+def members_of(job: Any) -> list[Any]:
     """The jobs of a group; a job alone."""
     return list(getattr(job, "jobs", ())) if job.is_group() else [job]
 

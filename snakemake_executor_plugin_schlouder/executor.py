@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import getpass
 import os
 import re
@@ -28,7 +29,7 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
 from .broker import Broker, BrokerConfig
-from .dag import Dag, dependencies
+from .dag import Dag, dependencies, members_of
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, RunRecord, journal_path
@@ -37,6 +38,8 @@ from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
 from .provision import Cloud, Ec2Settings, Join, connect
+from .quoting import quoted_rules, shell_command
+from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
 from .slurm.cli import SlurmCommands
@@ -75,6 +78,7 @@ class Executor(RemoteExecutor):
         self._handlers: dict[int, Any] = {}
         self._failed_rounds = 0
         self._task_count = 0
+        self._ignored: set[str] = set()
         self._run = uuid.uuid4().hex[:8]
         super().__init__(workflow, logger)
 
@@ -113,6 +117,13 @@ class Executor(RemoteExecutor):
     def cores(self) -> int:
         """The CPUs the job being written down gets of its VM; a shared VM has more."""
         return self._job_cores
+
+    def get_jobscript(self, job: JobExecutorInterface) -> str:
+        """Beside which Snakemake puts long lists of files; a rule's name may be no name of a file."""
+        return str(Path(self.tmpdir, _file_name(str(job.jobid))))
+
+    def get_job_args(self, job: JobExecutorInterface) -> str:
+        return quoted_rules(super().get_job_args(job), job.rules)
 
     # -- Snakemake asks what became of them
 
@@ -185,7 +196,7 @@ class Executor(RemoteExecutor):
     def _open(self, jobs: list[Any]) -> None:
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
-        asked = self._asked(jobs)
+        asked = self._handed_over(self._asked(jobs))
         cluster = SlurmCommands(config.partition, self.envvars())
         info = cluster.check()
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
@@ -340,7 +351,7 @@ class Executor(RemoteExecutor):
         return settings.limit if settings.planned is None else settings.planned
 
     def _asked(self, jobs: list[Any]) -> dict[Any, RuleSettings]:
-        """What each job asks for; all wrong resources in one error."""
+        """What each job or group asks for; all wrong resources in one error."""
         found: dict[Any, RuleSettings] = {}
         problems: dict[str, None] = {}
         for job in jobs:
@@ -352,6 +363,15 @@ class Executor(RemoteExecutor):
             raise SchlouderError("\n".join(problems))
         return found
 
+    def _handed_over(self, asked: dict[Any, RuleSettings]) -> dict[Any, RuleSettings]:
+        """The same with the groups in their members' place, for a group comes as one task. Snakemake
+        works a group's resources out once and for all, so that it is asked on a copy: some may depend
+        on files that are still to be made."""
+        group_of = getattr(self.dag, "get_job_group", lambda job: None)
+        groups = dict.fromkeys(group_of(job) for job in asked)
+        alone = {job: settings for job, settings in asked.items() if group_of(job) is None}
+        return {**alone, **self._asked([copy.copy(group) for group in groups if group])}
+
     def _announcements(self, asked: Mapping[Any, RuleSettings]) -> list[Announcement]:
         return [
             Announcement(s.strategy, _file_name(job.name), s.need, self._planned(s))
@@ -362,12 +382,14 @@ class Executor(RemoteExecutor):
         """The workflow's graph as far as it is known; a look ahead like `_jobs_ahead`."""
         from .recording import PlannedJob
 
-        names = {job: _display_name(job) for job in asked}
+        name_of = {member: _display_name(job) for job in asked for member in members_of(job)}
         waits = dependencies(self.dag)
         planned = []
-        for job, name in names.items():
-            settings = asked[job]
-            after = tuple(names[other] for other in waits.get(job, ()) if other in names)
+        for job, settings in asked.items():
+            name, members = _display_name(job), members_of(job)
+            before = [other for member in members for other in waits.get(member, ())]
+            names = [name_of[other] for other in before if other in name_of]
+            after = tuple(dict.fromkeys(other for other in names if other != name))
             rule = _file_name(job.name)
             estimate = self._planned(settings)
             planned.append(PlannedJob(name, rule, settings.need, estimate, after))
@@ -375,12 +397,16 @@ class Executor(RemoteExecutor):
 
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())
-        threads = job.threads if isinstance(job.threads, int) else 1
-        return rule_settings(job.name, max(1, threads), resources, self._config)
+        threads = max(1, job.threads if isinstance(job.threads, int) else 1)
+        if job.is_group():
+            members = [dict(member.resources.items()) for member in job.jobs]
+            resources = of_group(resources, threads, members)
+        return rule_settings(job.name, threads, resources, self._config)
 
     def _task(self, job: JobExecutorInterface) -> Task:
         settings = self._settings(job)
         self._job_cores = settings.need.cpus
+        self._tell_ignored(settings.ignored)
         self._task_count += 1
         task = Task(
             key=f"{self._run}-{self._task_count}",
@@ -389,15 +415,23 @@ class Executor(RemoteExecutor):
             jobid=_file_name(str(job.jobid)),
             strategy=settings.strategy,
             need=settings.need,
-            command=self.format_job_exec(job),
+            command=shell_command(self.format_job_exec(job)),
             ends_run=self._ends_run(job),
             limit=settings.limit,
             planned=self._planned(settings),
             is_limit=settings.planned is None,
+            options=settings.options,
             may_bundle=settings.bundle and not job.is_group(),
         )
         self._places.note(job, task)
         return task
+
+    def _tell_ignored(self, names: Iterable[str]) -> None:
+        """Once a run for each resource."""
+        for name in names:
+            if name not in self._ignored:
+                self._ignored.add(name)
+                self.logger.info(f"schlouder: the resource {name} is not used: {IGNORED[name]}.")
 
     def _warn_of_few_jobs(self, ahead: int) -> None:
         """Strategies see only what Snakemake hands over at a time."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -56,11 +57,14 @@ TASK_ENDED = frozenset({TaskState.COMPLETE, TaskState.FAILED, TaskState.CANCELLE
 
 @dataclass(frozen=True)
 class InstanceType:
-    """What one machine of a type offers; `memory` (MiB) is what EC2 states, not what Slurm may promise."""
+    """What one machine of a type offers; `memory` (MiB) is what EC2 states, not what Slurm may promise,
+    `gpu_model` EC2's name of the model in lower case."""
 
     name: str
     cpus: int
     memory: int
+    gpus: int = 0
+    gpu_model: str = ""
 
     @functools.cached_property
     def node_memory(self) -> int:
@@ -68,16 +72,54 @@ class InstanceType:
         it declared is drained (INVALID_REG)."""
         return int(self.memory * 0.9)
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features of its nodes in Slurm."""
+        return ("schlouder", self.name)
+
     def fits(self, need: Need) -> bool:
-        return need.cpus <= self.cpus and need.memory <= self.node_memory
+        return (
+            need.cpus <= self.cpus
+            and need.memory <= self.node_memory
+            and need.gpus <= self.gpus
+            and need.gpu_model in ("", self.gpu_model)
+            and (not need.constraint or _holds(need.constraint, self.features))
+        )
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a task takes of its VM while it runs."""
+    """What a task takes of its VM while it runs, and what kind of VM that must be: one with GPUs of a
+    model, or with features on which a `constraint` holds, such as `m5.large|m5.xlarge`."""
 
     cpus: int = 1
     memory: int = 0
+    gpus: int = 0
+    gpu_model: str = ""
+    constraint: str = ""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features its constraint names."""
+        return tuple(re.findall(r"[^&|]+", self.constraint))
+
+    def on(self, kind: InstanceType) -> Need:
+        """The same on a machine of `kind`. A task that states no memory takes its CPUs' share of it.
+        One with GPUs takes them all: Slurm is not told of GPUs (a node that declares some joins only with
+        a gres.conf that names its devices), so nobody else could keep two tasks off the same one."""
+        memory = self.memory or kind.node_memory * self.cpus // kind.cpus
+        gpus = kind.gpus if self.gpus else 0
+        return Need(self.cpus, memory, gpus, self.gpu_model, self.constraint)
+
+
+@functools.lru_cache
+def _holds(constraint: str, features: tuple[str, ...]) -> bool:
+    """Whether `constraint` holds where there are these features; from left to right, as Slurm reads it."""
+    first, *rest = re.split("([&|])", constraint)
+    holds = first in features
+    for operator, name in zip(rest[::2], rest[1::2], strict=True):
+        holds = holds and name in features if operator == "&" else holds or name in features
+    return holds
 
 
 @dataclass(frozen=True)
@@ -273,19 +315,20 @@ class VM:
 
     def has_room(self, need: Need) -> bool:
         """Whether `need` can run beside what runs there now."""
-        cpus, memory = need.cpus, need.memory
+        cpus, memory, gpus = need.cpus, need.memory, need.gpus
         for task in self.active.values():
             if not task.is_behind:
                 cpus += task.need.cpus
                 memory += task.need.memory
-        return cpus <= self.type.cpus and memory <= self.type.node_memory
+                gpus += task.need.gpus
+        kind = self.type
+        return cpus <= kind.cpus and memory <= kind.node_memory and gpus <= kind.gpus
 
-    @property
-    def takes_one_ahead(self) -> bool:
-        """Whether a task may be handed over that waits for one that runs: so that Slurm has it at hand, but
-        not where others wait there already."""
+    def takes_ahead(self, gpus: int = 0) -> bool:
+        """Whether a task may be handed over that waits for one that runs, so that Slurm has it at hand: not
+        where others wait there already, nor for GPUs, of which Slurm does not know."""
         waits = any(task.is_behind for task in self.active.values())
-        return not waits and self.has_room(Need(0, 0))
+        return not waits and self.has_room(Need(0, 0, gpus))
 
     @property
     def free_cpus(self) -> int:
@@ -299,12 +342,13 @@ class VM:
 
     def free(self) -> Need:
         """What is left beside all that runs there and is planned for it."""
-        cpus, memory = self.type.cpus, self.type.node_memory
+        cpus, memory, gpus = self.type.cpus, self.type.node_memory, self.type.gpus
         for task in (*self.active.values(), *self.queue):
             if not task.is_behind:
                 cpus -= task.need.cpus
                 memory -= task.need.memory
-        return Need(cpus, memory)
+                gpus -= task.need.gpus
+        return Need(cpus, memory, gpus)
 
     @property
     def billed_from(self) -> float:
@@ -331,8 +375,12 @@ class VM:
         return tuple([*[up] * slots, *sorted(ends)][-slots:])
 
     def share(self, task: Task) -> float:
-        """Seconds `task` adds to the idle date: its CPU seconds, spread over the machine's CPUs."""
-        return task.walltime * task.need.cpus / self.type.cpus
+        """Seconds `task` adds to the idle date: its CPU seconds, spread over the machine's CPUs; all of
+        them with GPUs, which it takes all."""
+        return self._spread(task.walltime, task)
+
+    def _spread(self, seconds: float, task: Task) -> float:
+        return seconds if task.need.gpus else seconds * task.need.cpus / self.type.cpus
 
     def plan(self, task: Task, now: float) -> None:
         """Puts `task` at the end of the queue."""
@@ -355,7 +403,7 @@ class VM:
             self.unstarted = 0.0
         if any(other.started for other in self.active.values()):
             took = now - (task.started or now)
-            self.free_at += (took - task.walltime) * task.need.cpus / self.type.cpus
+            self.free_at += self._spread(took - task.walltime, task)
         else:
             self.free_at = now + self.unstarted
 
@@ -365,8 +413,8 @@ class VM:
         waiting = [task for task in self.active.values() if not task.started]
         self.unstarted = sum(self.share(task) for task in (*waiting, *self.queue))
         left = sum(
-            max(0.0, task.walltime - (now - (task.started or now))) * task.need.cpus
+            self._spread(max(0.0, task.walltime - (now - (task.started or now))), task)
             for task in begun
         )
         up = self.requested + self.boot_planned if self.is_booting else now
-        self.free_at = max(up, now) + left / self.type.cpus + self.unstarted
+        self.free_at = max(up, now) + left + self.unstarted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import order, strategies
 from .fleet import Fleet
@@ -161,7 +161,8 @@ class Planner:
                 round_.plan.failed.append((task, reason))
                 continue
             if not self._sharing:
-                task.need = Need(pool.kind.cpus, pool.kind.node_memory)
+                kind = pool.kind
+                task.need = replace(task.need, cpus=kind.cpus, memory=kind.node_memory)
             if pool.is_pooled:
                 self._keep(task, pool)
             else:
@@ -323,9 +324,7 @@ class Planner:
         return vm
 
     def _assign(self, task: Task, vm: VM, pool: Pool, round_: _Round) -> None:
-        """A task that states no memory takes its CPUs' share of the machine's."""
-        memory = task.need.memory or vm.type.node_memory * task.need.cpus // vm.type.cpus
-        task.need = Need(task.need.cpus, memory)
+        task.need = task.need.on(vm.type)
         task.state, task.vm = TaskState.SCHEDULED, vm.name
         vm.plan(task, round_.now)
         if not pool.is_pooled:
@@ -382,8 +381,25 @@ def _pooled(pool: Pool) -> Pooled:
 
 def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
     """The message for a rule or task that no allowed type can hold."""
-    offers = ", ".join(f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB)" for kind in types)
-    return (
-        f"{what} needs {need.cpus} cpus and {need.memory} MiB; the allowed instance types offer {offers}. "
-        "Lower threads or mem_mb, or allow a larger type with --schlouder-instance-types"
+    known = dict.fromkeys(feature for kind in types for feature in kind.features)
+    unknown = [feature for feature in need.features if feature not in known]
+    if unknown:
+        return (
+            f"{what}: constraint: {need.constraint!r} names {', '.join(unknown)}, which no VM has as a "
+            f"feature; allowed are {', '.join(known)}"
+        )
+    wanted = f"{need.cpus} cpus and {need.memory} MiB{_gpus(need.gpus, need.gpu_model)}"
+    if need.constraint:
+        wanted += f", with the features {need.constraint}"
+    offers = ", ".join(
+        f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB{_gpus(kind.gpus, kind.gpu_model)})"
+        for kind in types
     )
+    return (
+        f"{what} needs {wanted}; the allowed instance types offer {offers}. "
+        "Lower what it asks for, or allow a larger type with --schlouder-instance-types"
+    )
+
+
+def _gpus(count: int, model: str) -> str:
+    return f", {count} GPU{'s' * (count > 1)} {model}".rstrip() if count else ""

@@ -95,12 +95,14 @@ class Backlog:
 
     @property
     def widest(self) -> Need:
-        """The most CPUs and the most memory any task takes."""
-        cpus, memory = 1, 0
+        """The most CPUs, the most memory and the most GPUs any task takes."""
+        cpus, memory, gpus = 1, 0, 0
         for tasks in self._rules.values():
             for _, _, task in tasks:
-                cpus, memory = max(cpus, task.need.cpus), max(memory, task.need.memory)
-        return Need(cpus, memory)
+                need = task.need
+                cpus, memory = max(cpus, need.cpus), max(memory, need.memory)
+                gpus = max(gpus, need.gpus)
+        return Need(cpus, memory, gpus)
 
     @property
     def doubt(self) -> float:
@@ -233,7 +235,7 @@ class Pool:
             return False
         if vm.free_cpus > 0 or self._fills_bundles(vm):
             return True
-        ahead = vm.takes_one_ahead and not vm.queue
+        ahead = vm.takes_ahead() and not vm.queue
         many = len(self.backlog) >= 2 * len(self.fleet)
         return ahead and many and all(task.walltime <= SHORT for task in vm.active.values())
 
@@ -252,6 +254,8 @@ class Pool:
         if self.kind.cpus == 1:
             return 1
         need = self.backlog.widest
+        if need.gpus:
+            return 1
         by_memory = self.kind.node_memory // need.memory if need.memory else self.kind.cpus
         return max(1, min(self.kind.cpus // need.cpus, by_memory))
 
@@ -284,6 +288,7 @@ def _last_with_room(tasks: list[tuple[float, int, Task]], count: int, free: Need
     """The longest of the first `count` that fits into `free`; behind a running task any will, later."""
     for at in range(count - 1, -1, -1):
         need = tasks[at][2].need
-        if free.cpus <= 0 or (need.cpus <= free.cpus and need.memory <= free.memory):
+        has_room = need.cpus <= free.cpus and need.memory <= free.memory and need.gpus <= free.gpus
+        if free.cpus <= 0 or has_room:
             return tasks[at][2]
     return None

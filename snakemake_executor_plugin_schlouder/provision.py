@@ -6,6 +6,7 @@ Source of the rules by number (R2, R3 ...): the failures of other elastic cluste
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ def node_configuration(instance_type: InstanceType) -> str:
     """What slurmd -Z declares; less memory than the type has, or Slurm drains the node (R20)."""
     return (
         f"CPUs={instance_type.cpus} RealMemory={instance_type.node_memory} "
-        f"Feature=schlouder,{instance_type.name}"
+        f"Feature={','.join(instance_type.features)}"
     )
 
 
@@ -446,10 +447,14 @@ def _instance(described: Mapping[str, Any]) -> Instance:
 
 
 def _instance_type(described: Mapping[str, Any]) -> InstanceType:
+    """A type has GPUs of one model."""
+    gpus = described.get("GpuInfo", {}).get("Gpus", [])
     return InstanceType(
         described["InstanceType"],
         described["VCpuInfo"]["DefaultVCpus"],
         described["MemoryInfo"]["SizeInMiB"],
+        sum(gpu["Count"] for gpu in gpus),
+        re.sub(r"\W+", "_", gpus[0]["Name"]).lower() if gpus else "",
     )
 
 

@@ -6,17 +6,20 @@ only plain types and `Optional[...]`, never `X | None` or strings.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
-from .model import Billing, Need, SchlouderError
+from .model import Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
+from .resources import demand, known
+
+_T = TypeVar("_T")
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -200,12 +203,14 @@ class Config:
 @dataclass(frozen=True)
 class RuleSettings:
     """What the resources of one job say. `limit` (runtime) and `planned` (schlouder_walltime) in
-    seconds, None if not given."""
+    seconds, None if not given; `ignored` are names of resources that cannot be honoured."""
 
     strategy: str
     need: Need
     limit: Optional[float]
     planned: Optional[float]
+    options: SlurmOptions = field(default_factory=SlurmOptions)
+    ignored: tuple[str, ...] = ()
     bundle: bool = False
 
 
@@ -247,26 +252,39 @@ def validated(settings: ExecutorSettings) -> Config:
 def rule_settings(
     rule: str, threads: int, resources: Mapping[str, Any], config: Config
 ) -> RuleSettings:
-    """What a job of `rule` asks for; SchlouderError names the rule, the resource and what is allowed.
+    """What a job of `rule` asks for; SchlouderError tells all that is wrong with it, each with the rule,
+    the resource and what is allowed.
 
     A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
     """
-    strategy = _known(resources.get("schlouder_strategy")) or config.strategy
-    try:
-        _check_goal(strategy, config.goal)
-    except SchlouderError as error:
-        raise SchlouderError(f"rule {rule}: schlouder_{error}") from error
-    memory = _integer(rule, "mem_mb", _known(resources.get("mem_mb")))
-    runtime = _integer(rule, "runtime", _known(resources.get("runtime")))
-    limit = None if runtime is None else runtime * 60.0
-    walltime = _known(resources.get("schlouder_walltime"))
-    planned = None if walltime is None else seconds(f"rule {rule}: schlouder_walltime", walltime)
-    bundle = _switch(rule, "schlouder_bundle", _known(resources.get("schlouder_bundle")))
+    problems: list[str] = []
+
+    def checked(check: Callable[[], _T]) -> Optional[_T]:
+        try:
+            return check()
+        except SchlouderError as error:
+            problems.append(str(error))
+            return None
+
+    strategy = known(resources.get("schlouder_strategy")) or config.strategy
+    checked(lambda: _check_goal(strategy, config.goal, f"rule {rule}: schlouder_"))
+    walltime = known(resources.get("schlouder_walltime"))
+    planned = None
+    if walltime is not None:
+        planned = checked(lambda: seconds(f"rule {rule}: schlouder_walltime", walltime))
+    bundle = checked(
+        lambda: _switch(rule, "schlouder_bundle", known(resources.get("schlouder_bundle")))
+    )
+    asked = checked(lambda: demand(rule, threads, resources))
+    if asked is None or problems:
+        raise SchlouderError("\n".join(problems))
     return RuleSettings(
         strategy,
-        Need(threads, memory or 0),
-        limit,
+        asked.need,
+        asked.limit,
         planned,
+        asked.options,
+        asked.ignored,
         config.bundle if bundle is None else bundle,
     )
 
@@ -294,11 +312,15 @@ def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
     return goal
 
 
-def _check_goal(strategy: str, goal: Goal) -> None:
-    """SchlouderError if there is no such strategy, or it lacks the setting of its name."""
-    strategies.make(strategy)
+def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:
+    """SchlouderError, which begins with `prefix`, if there is no such strategy, or it lacks the setting
+    of its name."""
+    try:
+        strategies.make(strategy)
+    except SchlouderError as error:
+        raise SchlouderError(f"{prefix}{error}") from error
     if not goal.allows(strategy):
-        raise SchlouderError(f"strategy: {strategy!r} needs --schlouder-{strategy}")
+        raise SchlouderError(f"{prefix}strategy: {strategy!r} needs --schlouder-{strategy}")
 
 
 def _deadline(text: Optional[str]) -> float:
@@ -380,13 +402,6 @@ def _words(text: Optional[str]) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[,\s]+", text or "") if word)
 
 
-def _known(value: Any) -> Any:
-    """None for what Snakemake marks as to be determined (`<TBD>`)."""
-    return (
-        None if value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>" else value
-    )
-
-
 def _switch(rule: str, resource: str, value: Any) -> Optional[bool]:
     """Snakemake's resources are numbers or text."""
     words = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
@@ -395,13 +410,3 @@ def _switch(rule: str, resource: str, value: Any) -> Optional[bool]:
     if str(value).lower() not in words:
         raise SchlouderError(f"rule {rule}: {resource}: {value!r} is not allowed; it is 1 or 0")
     return words[str(value).lower()]
-
-
-def _integer(rule: str, resource: str, value: Any) -> Optional[int]:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise SchlouderError(
-            f"rule {rule}: {resource}: {value!r} is not allowed; it must be a number above 0"
-        )
-    return int(value)

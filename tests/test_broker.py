@@ -17,6 +17,7 @@ from snakemake_executor_plugin_schlouder.journal import Journal
 from snakemake_executor_plugin_schlouder.model import (
     VM,
     Billing,
+    InstanceType,
     Need,
     Task,
     TaskState,
@@ -91,6 +92,33 @@ def test_slurm_gets_at_most_one_task_ahead_of_each_vm(tmp_path: Path) -> None:
     rig.run(400)
     assert rig.states() == [TaskState.COMPLETE] * 20
     assert rig.slurm.most_queued <= 2
+
+
+@pytest.mark.parametrize("strategy", ["one-vm-for-all", "fastest"])
+def test_tasks_with_gpus_take_turns_and_others_run_beside_them(
+    tmp_path: Path, strategy: str
+) -> None:
+    rig = Rig(tmp_path, types=(InstanceType("g4dn.12xlarge", 8, 65536, 4, "t4"),), max_vms=1)
+    with_gpu = {task.key for task in rig.give(3, strategy, need=Need(1, 1000, 1), seconds=20)}
+    rig.give(3, strategy, need=Need(1, 1000), seconds=20)
+    most: dict[bool, int] = {True: 0, False: 0}
+    for _ in range(120):
+        rig.run(1)
+        running = [
+            job.task in with_gpu for vm in rig.world.nodes for job in rig.world.running_on(vm)
+        ]
+        most = {kind: max(most[kind], running.count(kind)) for kind in most}
+    assert rig.states() == [TaskState.COMPLETE] * 6
+    assert most == {True: 1, False: 3}
+
+
+def test_a_task_gets_a_vm_on_which_its_constraint_holds(rig: Rig) -> None:
+    rig.give(1, need=Need(1, 1000, constraint="avx|m5.4xlarge"))
+    rig.run(60)
+    assert [request.type.name for request in rig.cloud.launched] == ["m5.4xlarge"]
+    (failed,) = rig.give(1, need=Need(1, 1000, constraint="avx"))
+    rig.run(2)
+    assert "constraint: 'avx' names avx, which no VM has" in rig.ended[failed.key].reason
 
 
 def test_an_idle_vm_is_given_back_and_its_node_deleted(rig: Rig) -> None:

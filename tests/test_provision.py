@@ -185,6 +185,13 @@ def test_types_are_described_in_the_order_given(ec2: Ec2Cloud) -> None:
 
 
 @pytest.mark.integration
+def test_gpus_of_a_type_are_described(ec2: Ec2Cloud) -> None:
+    one, four = ec2.instance_types(["g4dn.xlarge", "g5.12xlarge"])
+    assert (one.gpus, one.gpu_model) == (1, "t4")
+    assert (four.gpus, four.gpu_model) == (4, "a10g")
+
+
+@pytest.mark.integration
 def test_an_unreachable_endpoint_is_no_empty_answer(
     settings: Ec2Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

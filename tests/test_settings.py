@@ -136,7 +136,7 @@ def test_what_snakemake_cannot_tell_yet_counts_as_not_given() -> None:
         ({"schlouder_strategy": "x"}, "rule r: schlouder_strategy: 'x' is unknown; known are"),
         ({"schlouder_walltime": "soon"}, "rule r: schlouder_walltime: 'soon' is no duration"),
         ({"mem_mb": -1}, "rule r: mem_mb: -1"),
-        ({"runtime": 0}, "rule r: runtime: 0"),
+        ({"runtime": -1}, "rule r: runtime: -1"),
     ],
 )
 def test_a_wrong_resource_names_its_rule(resources: dict[str, Any], message: str) -> None:

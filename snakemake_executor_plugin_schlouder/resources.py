@@ -1,0 +1,314 @@
+"""What the resources of a rule ask of its VM and of Slurm.
+
+Names and meanings are those of snakemake-executor-plugin-slurm 2.8, so that workflows written for it run
+unchanged; where they differ, docs/further.md says so. As there, 0 and an empty text count as not given.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .model import Need, SchlouderError, SlurmOptions
+
+IGNORED = {
+    "slurm_partition": "VMs join the partition of --schlouder-partition",
+    **dict.fromkeys(
+        ("cluster", "clusters", "slurm_cluster"), "VMs join the cluster that slurm.conf names"
+    ),
+}
+"""Resources that name what is decided elsewhere, and where."""
+
+_RATIOS = (
+    *("tasks", "tasks_per_node", "tasks_per_gpu", "nodes"),
+    *("mem_mb_per_cpu", "cpus_per_gpu"),
+)
+"""Factors of other resources, which Snakemake sums over the members of a group as if they were amounts."""
+
+_NAME = r"[A-Za-z0-9_.-]+"
+_GRES = re.compile(r"(?P<name>\w+)(:(?P<model>[\w.]+))?:(?P<count>\d+)")
+
+_OWN_OPTIONS = {
+    **dict.fromkeys(
+        (
+            *("job-name", "comment", "partition", "nodelist", "nodefile", "exclude", "clusters"),
+            *("cluster", "no-requeue", "export", "export-file", "get-user-env", "chdir"),
+            *("output", "error", "input", "open-mode", "parsable", "wrap", "array", "dependency"),
+            *("hold", "begin", "wait", "test-only", "immediate", "uid", "gid", "het-group"),
+            *("help", "usage", "version"),
+        ),
+        "schlouder's own",
+    ),
+    **dict.fromkeys(("nodes", "use-min-nodes"), "always one VM"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "use the resource tasks"),
+    **dict.fromkeys(("cpus-per-task", "mincpus"), "use threads or cpus_per_task"),
+    **dict.fromkeys(("mem", "mem-per-cpu"), "use mem_mb or mem_mb_per_cpu"),
+    **dict.fromkeys(
+        ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "mem-per-gpu"),
+        "use the resource gpu",
+    ),
+    **dict.fromkeys(
+        ("exclusive", "oversubscribe", "share", "overcommit"), "use --schlouder-sharing"
+    ),
+    **dict.fromkeys(
+        (
+            *(
+                "core-spec",
+                "thread-spec",
+                "cores-per-socket",
+                "sockets-per-node",
+                "extra-node-info",
+            ),
+            *(
+                "threads-per-core",
+                "ntasks-per-core",
+                "ntasks-per-socket",
+                "contiguous",
+                "tmp",
+                "reboot",
+            ),
+        ),
+        "the broker would not know of it",
+    ),
+    "cpus-per-gpu": "use the resource cpus_per_gpu",
+    "ntasks-per-gpu": "use the resource tasks_per_gpu",
+    "requeue": "VMs that are lost are replaced, and their jobs run again, by schlouder",
+    "time": "use the resource runtime",
+    "account": "use the resource slurm_account",
+    "qos": "use the resource qos",
+    "reservation": "use the resource reservation",
+    **dict.fromkeys(("constraint", "prefer", "cluster-constraint"), "use the resource constraint"),
+}
+"""Long options of sbatch that `slurm_extra` may not hold, and what to do instead."""
+
+_SHORT = {
+    "J": "job-name",
+    "p": "partition",
+    "w": "nodelist",
+    "N": "nodes",
+    "n": "ntasks",
+    "c": "cpus-per-task",
+    "t": "time",
+    "D": "chdir",
+    "o": "output",
+    "e": "error",
+    "i": "input",
+    "a": "array",
+    "A": "account",
+    "q": "qos",
+    "d": "dependency",
+    "H": "hold",
+    "M": "clusters",
+    "x": "exclude",
+    "W": "wait",
+    "C": "constraint",
+    "G": "gpus",
+    "F": "nodefile",
+    "b": "begin",
+    "s": "oversubscribe",
+    "S": "core-spec",
+    "B": "extra-node-info",
+    "I": "immediate",
+    "O": "overcommit",
+    "h": "help",
+    "V": "version",
+}
+"""The long form of short options of sbatch that `slurm_extra` may not hold."""
+
+_WITH_VALUE = frozenset(
+    (
+        *("acctg-freq", "bb", "bbf", "container", "cpu-freq", "deadline", "delay-boot"),
+        *("distribution", "gpu-bind", "gpu-freq", "gres-flags", "hint", "licenses", "mail-type"),
+        *("mail-user", "mcs-label", "mem-bind", "network", "power", "priority", "profile"),
+        *("signal", "switches", "time-min", "wckey"),
+    )
+)
+"""Long options of sbatch whose value may be the next word."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """`limit` in seconds, None if there is none; `ignored` are names of IGNORED that were given."""
+
+    need: Need
+    options: SlurmOptions
+    limit: float | None
+    ignored: tuple[str, ...]
+
+
+def demand(rule: str, threads: int, resources: Mapping[str, Any]) -> Demand:
+    """What a job of `rule` asks for; SchlouderError tells all that is wrong with it, each with the rule,
+    the resource and what is allowed."""
+    asked = _Asked(rule, resources)
+    need, tasks = _need(asked, threads)
+    runtime = asked.number("runtime")
+    asked.number("disk_mb")
+    options = SlurmOptions(
+        account=asked.first_word("slurm_account"),
+        qos=asked.text("qos") or asked.text("slurm_qos"),
+        reservation=asked.text("reservation"),
+        tasks=tasks,
+        extra=_extra(asked),
+    )
+    ignored = tuple(name for name in IGNORED if asked.text(name))
+    if asked.problems:
+        raise SchlouderError("\n".join(asked.problems))
+    return Demand(need, options, runtime * 60.0 if runtime else None, ignored)
+
+
+def of_group(
+    merged: Mapping[str, Any], threads: int, members: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The resources of a group: those Snakemake has merged, but factors are those of the member with the
+    most, and CPUs are at least the merged `threads`."""
+    found = dict(merged)
+    each = list(members)
+    for name in _RATIOS:
+        values = [known(one.get(name)) for one in each]
+        given = [value for value in values if isinstance(value, int | float)]
+        if given:
+            found[name] = max(given)
+    cpus = known(found.get("cpus_per_task"))
+    if isinstance(cpus, int):
+        found["cpus_per_task"] = max(cpus, threads)
+    return found
+
+
+def known(value: Any) -> Any:
+    """None for what Snakemake marks as to be determined (`<TBD>`): it depends on files still to be made."""
+    undetermined = value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>"
+    return None if undetermined else value
+
+
+class _Asked:
+    """The resources of one rule, read one by one; `problems` collects what is wrong with them."""
+
+    def __init__(self, rule: str, resources: Mapping[str, Any]) -> None:
+        self._rule = rule
+        self._resources = resources
+        self.problems: list[str] = []
+
+    def refuse(self, name: str, allowed: str) -> None:
+        value = self._resources.get(name)
+        self.problems.append(f"rule {self._rule}: {name}: {value!r} is not allowed; {allowed}")
+
+    def number(self, name: str, or_negative: bool = False) -> int:
+        """A whole number, 0 if not given."""
+        value = known(self._resources.get(name))
+        if value in (None, ""):
+            return 0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+            value, is_number = int(value), True
+        if not is_number or not abs(value) < float("inf") or (value < 0 and not or_negative):
+            self.refuse(name, "it must be a number above 0, or 0 for none")
+            return 0
+        return int(value)
+
+    def text(self, name: str) -> str:
+        """A text, empty if not given."""
+        value = known(self._resources.get(name))
+        return "" if value is None else str(value).strip()
+
+    def first_word(self, name: str) -> str:
+        """The first of several names."""
+        return next((word for word in re.split(r"[,\s]+", self.text(name)) if word), "")
+
+
+def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
+    """What it takes of its VM, and by how many tasks its CPUs are shared, which all have the same number."""
+    gpus, model = _gpus(asked)
+    tasks = _tasks(asked, gpus)
+    per_task = _cpus_per_task(asked, threads)
+    per_gpu = asked.number("cpus_per_gpu", or_negative=True)
+    if gpus and per_gpu > 0:
+        per_task = -(-per_gpu * gpus // tasks)
+    cpus = tasks * per_task
+    memory = asked.number("mem_mb")
+    memory = asked.number("mem_mb_per_cpu") * cpus or memory
+    return Need(cpus, memory, gpus, model, _constraint(asked)), tasks
+
+
+def _cpus_per_task(asked: _Asked, threads: int) -> int:
+    """Below 0 means Slurm's own default."""
+    given = asked.number("cpus_per_task", or_negative=True)
+    return max(1, given or threads)
+
+
+def _tasks(asked: _Asked, gpus: int) -> int:
+    if asked.number("nodes") > 1:
+        asked.refuse("nodes", "a job runs on one VM, also with mpi, so that only 1 is")
+    per_node, per_gpu = asked.number("tasks_per_node"), asked.number("tasks_per_gpu", True)
+    tasks = asked.number("tasks")
+    if per_node and tasks > per_node:
+        asked.refuse(
+            "tasks", f"a job runs on one VM, with tasks_per_node={per_node} tasks at the most"
+        )
+    return tasks or per_node or max(1, per_gpu * gpus)
+
+
+def _gpus(asked: _Asked) -> tuple[int, str]:
+    """How many, and of which model if that matters."""
+    count = asked.number("gpu") or asked.number("gpus")
+    model, gres = asked.text("gpu_model"), asked.text("gres")
+    if gres:
+        found = _GRES.fullmatch(gres)
+        if found is None or found["name"] != "gpu":
+            asked.refuse("gres", "VMs have gpu:COUNT or gpu:MODEL:COUNT only, such as gpu:t4:1")
+        elif count or model:
+            asked.refuse("gres", "give either gres or gpu and gpu_model")
+        else:
+            count, model = int(found["count"]), found["model"] or ""
+    elif model and not re.fullmatch(r"[\w.]+", model):
+        asked.refuse("gpu_model", "it must be the name of a model such as t4")
+    elif model and not count:
+        asked.refuse("gpu_model", "the number of GPUs must be given too, by the resource gpu")
+    return count, model.lower()
+
+
+def _constraint(asked: _Asked) -> str:
+    constraint = asked.text("constraint")
+    if constraint and not re.fullmatch(rf"{_NAME}([&|]{_NAME})*", constraint):
+        asked.refuse("constraint", "it must be names of features, with & or | between them")
+        return ""
+    return constraint
+
+
+def _extra(asked: _Asked) -> tuple[str, ...]:
+    """The options of `slurm_extra`, one word each."""
+    try:
+        words = shlex.split(asked.text("slurm_extra"))
+    except ValueError as error:
+        asked.refuse("slurm_extra", f"its quotes are not closed ({error})")
+        return ()
+    options: list[str] = []
+    for word in words:
+        if options and options[-1].removeprefix("--") in _WITH_VALUE and not word.startswith("-"):
+            options[-1] += f"={word}"
+            continue
+        options.append(word)
+        problem = _wrong_option(word)
+        if problem:
+            asked.refuse("slurm_extra", problem)
+    return tuple(options)
+
+
+def _wrong_option(word: str) -> str:
+    """Why `word` may not go to sbatch, which also takes any beginning of a long option's name."""
+    if not re.match(r"--?[A-Za-z]", word):
+        return f"{word!r} is no option of sbatch; write --option=value"
+    if not word.startswith("--"):
+        name = _SHORT.get(word[1])
+        return _not_yours(word[:2], name) if name else f"write the long form of {word[:2]}"
+    given = word[2:].partition("=")[0]
+    if given in _WITH_VALUE:
+        return ""
+    name = next((name for name in _OWN_OPTIONS if name.startswith(given)), None)
+    return _not_yours(f"--{given}", name) if name else ""
+
+
+def _not_yours(option: str, name: str) -> str:
+    return f"the option {option} is not yours to give: {_OWN_OPTIONS[name]}"
