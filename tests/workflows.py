@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,11 @@ class Site:
 
     def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*options, **environment)
-        output, _ = process.communicate(timeout=3 * PATIENCE)
+        try:
+            output, _ = process.communicate(timeout=3 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def ec2(self) -> Any:
