@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,20 @@ def test_a_node_that_is_lost_is_noticed_though_nodes_are_asked_for_seldom(rig: R
     rig.world.nodes["schlouder-r1-1"] = "down"
     rig.run(8)
     assert "i-0000" in rig.cloud.terminated
+
+
+def test_until_the_journal_has_the_end_of_a_task_its_files_are_needed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*values: object, **more: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    job = running_job(rig)
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.journal, "write", full)
+        end(rig, job, "COMPLETED")
+        rig.tick()
+        assert rig.states() == [TaskState.COMPLETE]
+        assert not rig.broker.is_written
+    rig.tick()
+    assert rig.broker.is_written
