@@ -48,13 +48,14 @@ def test_a_job_that_slurm_ended_fails_with_the_cause(rig: Rig, state: str, told:
     assert (task.state, task.reason) == (TaskState.FAILED, told)
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "DEADLINE"])
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"])
 def test_a_job_that_was_done_when_slurm_ended_it_is_complete(rig: Rig, state: str) -> None:
     job = running_job(rig)
     witness(rig.config.files, "1-rule.1", 0)
     end(rig, job, state)
     rig.run(2)
-    assert rig.states() == [TaskState.COMPLETE]
+    (task,) = rig.ended.values()
+    assert (task.state, task.attempt) == (TaskState.COMPLETE, 1)
 
 
 def test_a_job_that_ran_out_of_memory_failed_though_its_script_ended_well(rig: Rig) -> None:
