@@ -277,8 +277,8 @@ class Broker:
 
     @property
     def is_released(self) -> bool:
-        """Whether every VM of the run was given back."""
-        return self._released
+        """Whether every VM of the run, if there was one, was given back."""
+        return self._released or not len(self._machines)
 
     def log_of(self, task: Task) -> Path:
         """Where the output of a task's last attempt is; where it made none, that of its bundle."""
@@ -498,8 +498,12 @@ class Broker:
             )
 
     def _displaced(self, task: Task, why: str) -> None:
-        """Its submission has ended for certain, and its VM is good: the task runs there again."""
-        if task.losses + 1 >= MAX_LOSSES or self._stopping:
+        """Its submission has ended for certain, and its VM is good: the task runs there again, unless its
+        script was done by then."""
+        code = self._witness(self._config.exit_file(task))
+        if code is not None:
+            self._judge(task, code)
+        elif task.losses + 1 >= MAX_LOSSES or self._stopping:
             self._finish(task, TaskState.FAILED, f"{why}, {_times(task.losses + 1)}")
         else:
             task.losses += 1

@@ -509,7 +509,7 @@ class Executor(RemoteExecutor):
         assert self._broker is not None
         log = self._broker.log_of(task)
         where = f" on VM {task.vm}" if task.vm else ""
-        shown = tail(log) if task.attempt else ""
+        shown = tail(log) if task.slurm_id else ""
         self.report_job_error(
             info,
             msg=f"Job {task.name}{where}: {task.reason}.\n{shown}",
@@ -522,20 +522,21 @@ class Executor(RemoteExecutor):
         """Removes the files that ended tasks leave, once the journal has their ends: until then a crash
         would leave nothing else to tell them."""
         self._to_sweep += ended
-        if self._sweeper is None or not broker.is_written:
+        sweeper = self._sweeper
+        if sweeper is None or not broker.is_written:
             return
         swept, self._to_sweep = self._to_sweep, []
         if self._config.keep_logs:
             swept = [task for task in swept if task.state != TaskState.COMPLETE]
         if names := [name for task in swept for name in names_to_remove(task)]:
-            self._sweeper.remove(names)
+            sweeper.remove(names)
 
     def _end_sweeping(self, broker: Broker) -> None:
         if self._sweeper is not None:
             self._sweep(broker, [])
-            over = broker.is_released and broker.is_written and not self._config.keep_logs
-            self._sweeper.close(everything=over)
-            self._sweeper = None
+            sweeper, self._sweeper = self._sweeper, None
+            over = broker.is_released and broker.is_written
+            sweeper.close(everything=over and not self._config.keep_logs)
 
     def _ends_run(self, job: Any) -> bool:
         """Whether a failure of this attempt ends the workflow: no retry left and no --keep-going."""

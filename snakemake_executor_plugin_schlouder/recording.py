@@ -292,7 +292,7 @@ class TapedCluster:
         return self.tape.call("cluster.submit", asked, lambda: _there(self.real).submit(jobs))
 
     def view(self, run: str, nodes: bool = True) -> ClusterView:
-        return self.tape.call("cluster.view", nodes, lambda: _there(self.real).view(run, nodes))
+        return self.tape.call("cluster.view", None, lambda: _there(self.real).view(run, nodes))
 
     def cancel_run(self, run: str) -> None:
         self.tape.call("cluster.cancel_run", None, lambda: _there(self.real).cancel_run(run))

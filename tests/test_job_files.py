@@ -6,9 +6,11 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from snakemake_executor_plugin_schlouder.executor import Executor
 from snakemake_executor_plugin_schlouder.job_files import (
     Sweeper,
     exit_name,
@@ -180,3 +182,27 @@ def test_the_end_of_a_log_is_shown_and_a_missing_one_named(tmp_path: Path) -> No
     assert len(shown) == 31
     assert shown[-1] == "    last"
     assert "first" not in tail(log)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_files_are_needed_until_the_journal_has_the_end_of_their_job(
+    monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    removed: list[str] = []
+    executor = Executor.__new__(Executor)
+    broker = Mock(is_written=False)
+    for name, value in (
+        ("_to_sweep", []),
+        ("_sweeper", Mock(remove=removed.extend)),
+        ("_config", Mock(keep_logs=keep)),
+    ):
+        monkeypatch.setattr(executor, name, value, raising=False)
+    failed = replace(TASK, key=f"{RUN}-18", state=TaskState.FAILED)
+    executor._sweep(broker, [TASK, failed])
+    assert removed == []
+    broker.is_written = True
+    executor._sweep(broker, [])
+    kept = [] if keep else names_to_remove(TASK)
+    assert removed == kept + names_to_remove(failed)
+    executor._sweep(broker, [])
+    assert removed == kept + names_to_remove(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,14 @@ def test_a_job_that_slurm_ended_fails_with_the_cause(rig: Rig, state: str, told:
     assert (task.state, task.reason) == (TaskState.FAILED, told)
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "DEADLINE"])
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"])
 def test_a_job_that_was_done_when_slurm_ended_it_is_complete(rig: Rig, state: str) -> None:
     job = running_job(rig)
     witness(rig.config.files, "1-rule.1", 0)
     end(rig, job, state)
     rig.run(2)
-    assert rig.states() == [TaskState.COMPLETE]
+    (task,) = rig.ended.values()
+    assert (task.state, task.attempt) == (TaskState.COMPLETE, 1)
 
 
 def test_a_job_that_ran_out_of_memory_failed_though_its_script_ended_well(rig: Rig) -> None:
@@ -171,3 +173,20 @@ def test_a_node_that_is_lost_is_noticed_though_nodes_are_asked_for_seldom(rig: R
     rig.world.nodes["schlouder-r1-1"] = "down"
     rig.run(8)
     assert "i-0000" in rig.cloud.terminated
+
+
+def test_until_the_journal_has_the_end_of_a_task_its_files_are_needed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*values: object, **more: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    job = running_job(rig)
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.journal, "write", full)
+        end(rig, job, "COMPLETED")
+        rig.tick()
+        assert rig.states() == [TaskState.COMPLETE]
+        assert not rig.broker.is_written
+    rig.tick()
+    assert rig.broker.is_written
