@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -398,10 +399,17 @@ class Executor(RemoteExecutor):
     def _settings(self, job: Any) -> RuleSettings:
         resources: Mapping[str, Any] = dict(job.resources.items())
         threads = max(1, job.threads if isinstance(job.threads, int) else 1)
-        if job.is_group():
-            members = [dict(member.resources.items()) for member in job.jobs]
-            resources = of_group(resources, threads, members)
-        return rule_settings(job.name, threads, resources, self._config)
+        if not job.is_group():
+            return rule_settings(job.name, threads, resources, self._config)
+        members = [dict(member.resources.items()) for member in job.jobs]
+        resources = of_group(resources, threads, members)
+        found = rule_settings(job.name, threads, resources, self._config)
+        return found if found.planned is None else replace(found, planned=self._in_layers(job))
+
+    def _in_layers(self, group: Any) -> float:
+        """Seconds a group takes whose members run side by side unless they wait for each other."""
+        layers = [[self._settings(member) for member in layer] for layer in group.toposorted]
+        return sum(max(self._planned(member) or 0.0 for member in layer) for layer in layers)
 
     def _task(self, job: JobExecutorInterface) -> Task:
         settings = self._settings(job)

@@ -55,21 +55,9 @@ _OWN_OPTIONS = {
     ),
     **dict.fromkeys(
         (
-            *(
-                "core-spec",
-                "thread-spec",
-                "cores-per-socket",
-                "sockets-per-node",
-                "extra-node-info",
-            ),
-            *(
-                "threads-per-core",
-                "ntasks-per-core",
-                "ntasks-per-socket",
-                "contiguous",
-                "tmp",
-                "reboot",
-            ),
+            *("core-spec", "thread-spec", "cores-per-socket", "sockets-per-node"),
+            *("extra-node-info", "threads-per-core", "ntasks-per-core", "ntasks-per-socket"),
+            *("contiguous", "tmp", "reboot"),
         ),
         "the broker would not know of it",
     ),
@@ -227,8 +215,7 @@ def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
     if gpus and per_gpu > 0:
         per_task = -(-per_gpu * gpus // tasks)
     cpus = tasks * per_task
-    memory = asked.number("mem_mb")
-    memory = asked.number("mem_mb_per_cpu") * cpus or memory
+    memory = asked.number("mem_mb_per_cpu") * cpus or asked.number("mem_mb")
     return Need(cpus, memory, gpus, model, _constraint(asked)), tasks
 
 
@@ -241,8 +228,8 @@ def _cpus_per_task(asked: _Asked, threads: int) -> int:
 def _tasks(asked: _Asked, gpus: int) -> int:
     if asked.number("nodes") > 1:
         asked.refuse("nodes", "a job runs on one VM, also with mpi, so that only 1 is")
-    per_node, per_gpu = asked.number("tasks_per_node"), asked.number("tasks_per_gpu", True)
-    tasks = asked.number("tasks")
+    tasks, per_node = asked.number("tasks"), asked.number("tasks_per_node")
+    per_gpu = asked.number("tasks_per_gpu", or_negative=True)
     if per_node and tasks > per_node:
         asked.refuse(
             "tasks", f"a job runs on one VM, with tasks_per_node={per_node} tasks at the most"
