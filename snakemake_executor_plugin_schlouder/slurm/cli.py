@@ -37,7 +37,7 @@ _SIDE_BY_SIDE = 4
 """Submissions at a time: sbatch mostly waits for the controller."""
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
-_TRANSIENT_SUBMIT = (
+TRANSIENT_SUBMIT = (
     *_UNREACHABLE,
     "temporarily unable",
     "Slurm temporarily",
@@ -69,14 +69,24 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         "--no-requeue",
         "--export=ALL",
         f"--chdir={job.workdir}",
-        f"--output={job.log.replace('%', '%%')}",
+        f"--output={log_pattern(job)}",
     ]
     if job.limit is not None:
-        arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")
+        arguments.append(f"--time={minutes(job.limit)}")
     for name in ("account", "qos", "reservation", "constraint", "gres"):
         if value := getattr(job.options, name):
             arguments.append(f"--{name}={value}")
     return [*arguments, *job.options.extra]
+
+
+def log_pattern(job: JobRequest) -> str:
+    """The log file as a pattern of Slurm's, in which a percent sign would be replaced."""
+    return job.log.replace("%", "%%")
+
+
+def minutes(limit: float) -> int:
+    """A time limit in seconds as Slurm counts it."""
+    return max(1, -(-int(limit) // 60))
 
 
 def parse_jobs(text: str) -> dict[str, JobStatus]:
@@ -160,7 +170,7 @@ class SlurmCommands:
 
     def __init__(self, partition: str, passed: Collection[str] = ()) -> None:
         """`passed` names the secrets of the environment that jobs may have."""
-        self._partition = partition
+        self.partition = partition
         self._passed = frozenset(passed)
 
     def check(self) -> ClusterInfo:
@@ -171,13 +181,21 @@ class SlurmCommands:
                 "(Debian and Ubuntu: apt install slurm-client)"
             )
         try:
-            config = self._read(["scontrol", "show", "config"])
+            config = self.config()
         except ClusterUnavailable as error:
             raise ClusterUnfit(f"Slurm: slurmctld does not answer ({error})") from error
-        info = cluster_info(parse_config(config))
+        info = cluster_info(config)
         self._check_partition()
         self._check_rights()
         return info
+
+    def config(self) -> dict[str, str]:
+        """The controller's configuration."""
+        return parse_config(self._read(["scontrol", "show", "config"]))
+
+    def environment(self) -> dict[str, str]:
+        """What jobs get of this process's environment."""
+        return _environment(self._passed)
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
         silent = threading.Event()
@@ -200,8 +218,8 @@ class SlurmCommands:
             return error
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
-        message = _last_line(done.stderr)
-        if any(sign in done.stderr for sign in _TRANSIENT_SUBMIT):
+        message = last_line(done.stderr)
+        if any(sign in done.stderr for sign in TRANSIENT_SUBMIT):
             return ClusterUnavailable(message)
         return SubmissionRefused(message)
 
@@ -213,7 +231,7 @@ class SlurmCommands:
             [
                 "sinfo",
                 "--Node",
-                f"--partition={self._partition}",
+                f"--partition={self.partition}",
                 "--noheader",
                 f"--format={_NODE_FORMAT}",
             ]
@@ -229,7 +247,7 @@ class SlurmCommands:
             return True
         if "Invalid job id" in done.stderr:
             return False
-        raise ClusterUnavailable(_last_line(done.stderr))
+        raise ClusterUnavailable(last_line(done.stderr))
 
     def cancel(self, slurm_ids: Sequence[str]) -> None:
         self._read(["scancel", *slurm_ids])
@@ -239,7 +257,7 @@ class SlurmCommands:
         listed = self._read(
             [
                 "squeue",
-                f"--partition={self._partition}",
+                f"--partition={self.partition}",
                 "--states=RUNNING,COMPLETING,SUSPENDED",
                 "--noheader",
                 "--format=%i|%N",
@@ -278,15 +296,15 @@ class SlurmCommands:
         done = self._run(["scontrol", "update", *settings])
         if done.returncode != 0 and "Invalid node name" not in done.stderr:
             self._raise_unreachable(done)
-            raise ClusterUnavailable(_last_line(done.stderr))
+            raise ClusterUnavailable(last_line(done.stderr))
 
     def _check_partition(self) -> None:
-        done = self._run(["scontrol", "show", "partition", self._partition])
+        done = self._run(["scontrol", "show", "partition", self.partition])
         if done.returncode != 0:
             raise ClusterUnfit(
-                f"--schlouder-partition: Slurm has no partition {self._partition!r}; add it to slurm.conf: "
-                f"NodeSet={self._partition} Feature=schlouder and "
-                f"PartitionName={self._partition} Nodes={self._partition}"
+                f"--schlouder-partition: Slurm has no partition {self.partition!r}; add it to slurm.conf: "
+                f"NodeSet={self.partition} Feature=schlouder and "
+                f"PartitionName={self.partition} Nodes={self.partition}"
             )
 
     def _check_rights(self) -> None:
@@ -294,7 +312,7 @@ class SlurmCommands:
         done = self._run(["scontrol", "delete", f"nodename=schlouder-probe-{uuid.uuid4().hex}"])
         if "denied" in done.stderr or "Invalid user" in done.stderr:
             raise ClusterUnfit(
-                f"Slurm: {_last_line(done.stderr)}: no right to update and delete nodes; "
+                f"Slurm: {last_line(done.stderr)}: no right to update and delete nodes; "
                 "it takes SlurmUser, root or a Slurm operator "
                 "(sacctmgr modify user NAME set adminlevel=operator)"
             )
@@ -302,12 +320,12 @@ class SlurmCommands:
     def _read(self, arguments: Sequence[str]) -> str:
         done = self._run(arguments)
         if done.returncode != 0:
-            raise ClusterUnavailable(f"{arguments[0]}: {_last_line(done.stderr)}")
+            raise ClusterUnavailable(f"{arguments[0]}: {last_line(done.stderr)}")
         return done.stdout
 
     def _raise_unreachable(self, done: subprocess.CompletedProcess[str]) -> None:
         if any(sign in done.stderr for sign in _UNREACHABLE):
-            raise ClusterUnavailable(_last_line(done.stderr))
+            raise ClusterUnavailable(last_line(done.stderr))
 
     def _run(self, arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
@@ -321,7 +339,7 @@ class SlurmCommands:
                 timeout=TIMEOUT,
                 start_new_session=True,
                 check=False,
-                env=_environment(self._passed),
+                env=self.environment(),
             )
         except subprocess.TimeoutExpired:
             raise ClusterUnavailable(f"{arguments[0]}: no answer in {TIMEOUT:.0f} s") from None
@@ -339,6 +357,6 @@ def _environment(passed: Collection[str]) -> dict[str, str]:
     return {**kept, "SLURM_TIME_FORMAT": "%s"}
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else "no message"
