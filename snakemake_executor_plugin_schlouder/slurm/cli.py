@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from . import (
@@ -33,7 +33,7 @@ DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
 
-_SIDE_BY_SIDE = 4
+SIDE_BY_SIDE = 4
 """Submissions at a time: sbatch mostly waits for the controller."""
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
@@ -43,6 +43,7 @@ TRANSIENT_SUBMIT = (
     "Slurm temporarily",
     "Resource temporarily unavailable",
     "Zero Bytes were transmitted",
+    "Protocol authentication error",
 )
 _JOB_FORMAT = "%i|%T|%S|%e|%k|%r"
 _NODE_FORMAT = "%N|%T|%E"
@@ -165,6 +166,28 @@ def _time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
+def submit_side_by_side(
+    jobs: Sequence[JobRequest], submit: Callable[[JobRequest], SubmitOutcome], width: int
+) -> list[SubmitOutcome]:
+    """Outcomes of `submit`, called `width` at a time; none is begun once Slurm has stopped answering."""
+    silent = threading.Event()
+
+    def submitted(job: JobRequest) -> SubmitOutcome | None:
+        if silent.is_set():
+            return None
+        outcome = submit(job)
+        if isinstance(outcome, ClusterUnavailable):
+            silent.set()
+        return outcome
+
+    with ThreadPoolExecutor(width) as pool:
+        outcomes = list(pool.map(submitted, jobs))
+    while outcomes and outcomes[-1] is None:
+        outcomes.pop()
+    # A job may be passed over while one behind it is under way.
+    return [outcome or ClusterUnavailable("not tried") for outcome in outcomes]
+
+
 class SlurmCommands:
     """The adapter. `partition` is the one whose nodes are ours."""
 
@@ -198,20 +221,9 @@ class SlurmCommands:
         return _environment(self._passed)
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        silent = threading.Event()
+        return submit_side_by_side(jobs, self.submit_one, SIDE_BY_SIDE)
 
-        def submitted(job: JobRequest) -> SubmitOutcome | None:
-            if silent.is_set():
-                return None
-            outcome = self._submit(job)
-            if isinstance(outcome, ClusterUnavailable):
-                silent.set()
-            return outcome
-
-        with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
-            return [outcome for outcome in pool.map(submitted, jobs) if outcome is not None]
-
-    def _submit(self, job: JobRequest) -> SubmitOutcome:
+    def submit_one(self, job: JobRequest) -> SubmitOutcome:
         try:
             done = self._run(sbatch_arguments(job), stdin=job.script)
         except ClusterUnavailable as error:

@@ -7,7 +7,6 @@ Slurm's commands, as does everything once the child process is lost.
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
 import re
 import socket
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,11 +32,20 @@ from . import (
     SubmissionRefused,
     SubmitOutcome,
 )
-from .cli import TIMEOUT, TRANSIENT_SUBMIT, SlurmCommands, last_line, log_pattern, minutes
+from .cli import (
+    SIDE_BY_SIDE,
+    TIMEOUT,
+    TRANSIENT_SUBMIT,
+    SlurmCommands,
+    last_line,
+    log_pattern,
+    minutes,
+    submit_side_by_side,
+)
 from .states import phase_of
 
-PROBE_TIMEOUT = 20.0
-"""Seconds for the child process to start and to load the nodes; libslurm gives up after 18 s."""
+_WORTH_A_PROCESS = 100
+"""Submissions that take as long as one more child process takes to start."""
 
 _WORKER = Path(__file__).with_name("rpc_worker.py")
 _LIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "NOFILE", "NPROC", "RSS", "STACK")
@@ -65,7 +73,7 @@ def choose(
         return commands
     try:
         version = _fitting(info)
-        worker = WorkerProcess(commands)
+        cluster = SlurmRpc(commands, logger)
     except PyslurmUnfit as error:
         if api == "pyslurm":
             raise ClusterUnfit(
@@ -75,7 +83,7 @@ def choose(
         logger.debug(f"schlouder: Slurm through its commands: {error}")
         return commands
     logger.debug(f"schlouder: Slurm through pyslurm {version}: it fits the controller")
-    return SlurmRpc(commands, worker, logger)
+    return cluster
 
 
 def _fitting(info: ClusterInfo) -> str:
@@ -164,15 +172,13 @@ def propagated(config: Mapping[str, str]) -> list[str]:
 
 
 class WorkerProcess:
-    """The child process; asked by one thread at a time. It ends with this object, or with this process."""
+    """A child process with pyslurm in it, asked by one thread at a time. It ends with this object, or with
+    this process."""
 
-    def __init__(self, commands: SlurmCommands) -> None:
-        """PyslurmUnfit if pyslurm cannot be imported there or does not get an answer from Slurm."""
-        try:
-            limits = propagated(commands.config())
-        except ClusterUnavailable as error:
-            raise PyslurmUnfit(str(error)) from error
+    def __init__(self, environment: Mapping[str, str], limits: Sequence[str]) -> None:
+        """The jobs it submits get `environment`, and those of its resource limits that `limits` names."""
         self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(TIMEOUT)
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (ends with this object)
         with theirs:
             self._process = subprocess.Popen(
@@ -181,17 +187,14 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._messages,
                 start_new_session=True,
-                env=commands.environment(),
+                env=environment,
             )
         self._rest = b""
-        self.end = weakref.finalize(self, _end, self._process, self._channel)
-        self._channel.settimeout(PROBE_TIMEOUT)
-        try:
-            self.ask("hello")
-        except (_Refused, _Unable) as error:
-            self.end()
-            raise PyslurmUnfit(str(error)) from error
-        self._channel.settimeout(TIMEOUT)
+        self._end = weakref.finalize(self, _end, self._process, self._channel)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._end.alive
 
     def ask(self, name: str, *arguments: object) -> Any:
         """One request and its reply. Raises PyslurmUnfit if the process is lost; whatever else interrupts
@@ -200,15 +203,15 @@ class WorkerProcess:
             self._channel.sendall(json.dumps([name, arguments]).encode() + b"\n")
             reply = json.loads(self._line())
         except TimeoutError:
-            self.end()
-            raise PyslurmUnfit(f"no answer in {self._channel.gettimeout():.0f} s") from None
+            self._end()
+            raise PyslurmUnfit(f"no answer in {TIMEOUT:.0f} s") from None
         except OSError:
-            self.end()
+            self._end()
             raise PyslurmUnfit(
                 f"its process has ended with code {self._process.returncode}: {self._last_words()}"
             ) from None
         except BaseException:
-            self.end()
+            self._end()
             raise
         if "refused" in reply:
             raise _Refused(reply["refused"])
@@ -239,36 +242,36 @@ def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
 class SlurmRpc:
     """The adapter: submissions and queries by pyslurm, the rest by `commands`."""
 
-    def __init__(
-        self, commands: SlurmCommands, worker: WorkerProcess, logger: LoggerExecutorInterface
-    ) -> None:
+    def __init__(self, commands: SlurmCommands, logger: LoggerExecutorInterface) -> None:
+        """PyslurmUnfit if a child process cannot import pyslurm, or pyslurm gets no answer from Slurm."""
         self._commands = commands
-        self._worker: WorkerProcess | None = worker
         self._logger = logger
+        self._is_lost = False
+        try:
+            self._limits = propagated(commands.config())
+        except ClusterUnavailable as error:
+            raise PyslurmUnfit(str(error)) from error
+        self._idle = [self._worker()]
+        try:
+            self._idle[0].ask("hello")
+        except (_Refused, _Unable) as error:
+            raise PyslurmUnfit(str(error)) from error
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        if self._worker is None:
+        width = min(SIDE_BY_SIDE, 1 + len(jobs) // _WORTH_A_PROCESS)
+        if self._is_lost:
             return self._commands.submit(jobs)
-        outcomes: list[SubmitOutcome] = []
-        for by_sbatch, group in itertools.groupby(jobs, needs_sbatch):
-            some = [*group]
-            outcomes += (
-                self._commands.submit(some) if by_sbatch else self._submit_all(self._worker, some)
-            )
-            if isinstance(outcomes[-1], ClusterUnavailable):
-                break
-        return outcomes
+        return submit_side_by_side(jobs, self._submit, width)
 
     def view(self, run: str) -> ClusterView:
-        if self._worker is None:
+        if self._is_lost:
             return self._commands.view(run)
         try:
-            jobs = self._worker.ask("jobs", run)
-            nodes = self._worker.ask("nodes", self._commands.partition)
+            jobs = self._ask("jobs", run)
+            nodes = self._ask("nodes", self._commands.partition)
         except (_Refused, _Unable) as error:
             raise ClusterUnavailable(str(error)) from error
-        except PyslurmUnfit as error:
-            self._give_up(error)
+        except PyslurmUnfit:
             return self._commands.view(run)
         return ClusterView(
             {key: _job_status(key, *rest) for key, *rest in jobs},
@@ -299,31 +302,37 @@ class SlurmRpc:
     def delete(self, node: str) -> bool:
         return self._commands.delete(node)
 
-    def _submit_all(
-        self, worker: WorkerProcess, jobs: Sequence[JobRequest]
-    ) -> Iterator[SubmitOutcome]:
-        for job in jobs:
-            outcome = self._submit(worker, job)
-            yield outcome
-            if isinstance(outcome, ClusterUnavailable):
-                return
-
-    def _submit(self, worker: WorkerProcess, job: JobRequest) -> SubmitOutcome:
+    def _submit(self, job: JobRequest) -> SubmitOutcome:
+        if needs_sbatch(job):
+            return self._commands.submit_one(job)
         try:
-            return str(worker.ask("submit", description(job), environment(job), job.script))
+            return str(self._ask("submit", description(job), environment(job), job.script))
         except _Refused as error:
             if any(sign in str(error) for sign in TRANSIENT_SUBMIT):
                 return ClusterUnavailable(str(error))
             return SubmissionRefused(str(error))
         except _Unable:
-            return self._commands.submit([job])[0]
+            return self._commands.submit_one(job)
         except PyslurmUnfit as error:
-            self._give_up(error)
             return ClusterUnavailable(f"pyslurm: {error}")
 
-    def _give_up(self, error: PyslurmUnfit) -> None:
-        self._worker = None
-        self._logger.warning(f"schlouder: pyslurm: {error}; from here on through Slurm's commands")
+    def _ask(self, name: str, *arguments: object) -> Any:
+        worker = self._idle.pop() if self._idle else self._worker()
+        try:
+            return worker.ask(name, *arguments)
+        except PyslurmUnfit as error:
+            if not self._is_lost:
+                self._is_lost = True
+                self._logger.warning(
+                    f"schlouder: pyslurm: {error}; from here on Slurm's commands are used"
+                )
+            raise
+        finally:
+            if worker.is_alive:
+                self._idle.append(worker)
+
+    def _worker(self) -> WorkerProcess:
+        return WorkerProcess(self._commands.environment(), self._limits)
 
 
 def _job_status(
