@@ -16,7 +16,6 @@ import os
 import resource
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ class Worker:
 
     def jobs(self, run: str) -> list[tuple[str, str, str, str, int | None, int | None]]:
         """Key, id, state, reason, start and end (seconds since the epoch) of the jobs named `run`."""
-        now = time.time()
         return [
             (
                 _text(job, "comment"),
@@ -62,7 +60,7 @@ class Worker:
                 job.state,
                 _text(job, "state_reason") or "None",
                 job.start_time,
-                _end(job, now),
+                job.end_time,
             )
             for job in self._pyslurm.Jobs.load().values()
             if _text(job, "name") == run and _text(job, "comment")
@@ -71,7 +69,7 @@ class Worker:
     def nodes(self, partition: str) -> list[tuple[str, str, str]]:
         """Name, state and reason of the partition's nodes. A deleted node leaves a nameless record."""
         return [
-            (node.name, node.state, _text(node, "reason") or "none")
+            (node.name, _state(node), _text(node, "reason") or "none")
             for node in self._pyslurm.Nodes.load().values()
             if node.name and partition in node.partitions
         ]
@@ -86,18 +84,18 @@ class Worker:
             return {"unable": str(error)}
 
 
+def _state(node: Any) -> str:
+    """Up to release line 22.5 pyslurm calls a node allocated as soon as one of its CPUs is."""
+    state: str = node.state
+    return state.replace("ALLOCATED", "MIXED", 1) if node.idle_cpus else state
+
+
 def _text(record: Any, attribute: str) -> str:
     """Empty for what is not set, and for what others wrote in an encoding that is not UTF-8."""
     try:
         return getattr(record, attribute) or ""
     except UnicodeDecodeError:
         return ""
-
-
-def _end(job: Any, now: float) -> int | None:
-    """As squeue shows it: the end expected of a running job only where the job has a time limit."""
-    end: int | None = job.end_time
-    return None if end is None or (job.time_limit is None and end > now) else end
 
 
 def become_sbatch(limits: list[str]) -> None:
