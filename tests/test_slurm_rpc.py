@@ -50,9 +50,11 @@ class Nodes:
 class Jobs:
     @staticmethod
     def load():
-        job = dict(id=7, state="RUNNING", state_reason=None, start_time=1790000000, end_time=None)
-        jobs = [Record(name="run", comment="r-1.1", **job), Undecodable(comment="r-2.1", **job)]
-        return dict(enumerate([*jobs, Record(name="other", comment="r-3.1", **job)]))
+        job = dict(id=7, state="RUNNING", state_reason=None, start_time=1790000000, end_time=4e9)
+        free, limited = dict(job, time_limit=None), dict(job, time_limit=60)
+        jobs = [Record(name="run", comment="free", **free)]
+        jobs += [Record(name="run", comment="limited", **limited), Undecodable(comment="x", **free)]
+        return dict(enumerate([*jobs, Record(name="other", comment="y", **free)]))
 
 class JobSubmitDescription:
     def __init__(self, script, **fields):
@@ -137,9 +139,10 @@ def test_a_pyslurm_that_fits_is_used(path: Path, caplog: pytest.LogCaptureFixtur
     slurm = chosen("auto")
     assert caplog.messages == ["schlouder: Slurm through pyslurm 22.5.3: it fits the controller"]
     view = slurm.view("run")
-    assert list(view.jobs) == ["r-1.1"], "others' jobs, and names that are no text, are no crash"
-    assert view.jobs["r-1.1"].phase == JobPhase.RUNNING
-    assert view.jobs["r-1.1"].started == 1790000000.0
+    assert list(view.jobs) == ["free", "limited"], "not those of others, nor names that are no text"
+    assert {job.phase for job in view.jobs.values()} == {JobPhase.RUNNING}
+    assert view.jobs["free"].started == 1790000000.0
+    assert [job.ended for job in view.jobs.values()] == [None, 4e9], "as squeue shows it"
     assert list(view.nodes) == ["n1"]
     assert view.nodes["n1"].state == "mixed"
     assert slurm.submit([REQUEST] * 250) == ["7"] * 250

@@ -16,6 +16,7 @@ import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Worker:
 
     def jobs(self, run: str) -> list[tuple[str, str, str, str, int | None, int | None]]:
         """Key, id, state, reason, start and end (seconds since the epoch) of the jobs named `run`."""
+        now = time.time()
         return [
             (
                 _text(job, "comment"),
@@ -60,7 +62,7 @@ class Worker:
                 job.state,
                 _text(job, "state_reason") or "None",
                 job.start_time,
-                job.end_time,
+                _end(job, now),
             )
             for job in self._pyslurm.Jobs.load().values()
             if _text(job, "name") == run and _text(job, "comment")
@@ -96,6 +98,12 @@ def _text(record: Any, attribute: str) -> str:
         return getattr(record, attribute) or ""
     except UnicodeDecodeError:
         return ""
+
+
+def _end(job: Any, now: float) -> int | None:
+    """As squeue shows it: when a running job is expected to end only where it has a time limit."""
+    end: int | None = job.end_time
+    return None if end is None or (job.time_limit is None and end > now) else end
 
 
 def become_sbatch(limits: list[str]) -> None:
