@@ -97,7 +97,7 @@ def chosen(api: str) -> Cluster:
             "22.5.3",
             "its process has ended with code 1: fatal: no configuration",
         ),
-        ("import libslurm_that_is_not_there", "22.5.3", "ModuleNotFoundError: .*libslurm"),
+        ("import libslurm_not_there", "22.5.3", "with code 1: ModuleNotFoundError: .*libslurm"),
         ("import os\nos.abort()", "22.5.3", "ended with code -6"),
         (
             PYSLURM.replace("node = dict", "raise RPCError('Zero Bytes'); node = dict"),
@@ -183,12 +183,16 @@ def test_a_process_that_ends_amid_a_submission_leaves_it_open_and_the_commands_g
 
 
 def test_a_process_that_hangs_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snakemake_executor_plugin_schlouder.slurm.rpc.TIMEOUT", 2.0)
-    hanging = PYSLURM.replace("job = dict", "import time; time.sleep(600); job = dict")
-    install(path, hanging)
+    monkeypatch.setattr("snakemake_executor_plugin_schlouder.slurm.rpc.TIMEOUT", 5.0)
+    sign = path / "hang"
+    hang = (
+        f"import os, time\n        while os.path.exists({str(sign)!r}): time.sleep(0.1)\n        "
+    )
+    install(path, PYSLURM.replace("job = dict", f"{hang}job = dict"))
     slurm = chosen("pyslurm")
     assert isinstance(slurm, SlurmRpc)
     (worker,) = slurm._idle
+    sign.touch()
     assert slurm.view("run").nodes["n1"].state == "idle"
     assert not worker.is_alive
     assert worker._process.poll() is not None

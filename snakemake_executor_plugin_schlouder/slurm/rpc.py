@@ -6,6 +6,7 @@ Slurm's commands, as does everything once the child process is lost.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -46,6 +47,9 @@ from .states import phase_of
 
 _WORTH_A_PROCESS = 100
 """Submissions that take as long as one more child process takes to start."""
+
+_FAREWELL = 2.0
+"""Seconds a child process that hangs up has to end, so that its exit code can be told."""
 
 _WORKER = Path(__file__).with_name("rpc_worker.py")
 _LIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "NOFILE", "NPROC", "RSS", "STACK")
@@ -206,6 +210,8 @@ class WorkerProcess:
             self._end()
             raise PyslurmUnfit(f"no answer in {TIMEOUT:.0f} s") from None
         except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_FAREWELL)
             self._end()
             raise PyslurmUnfit(
                 f"its process has ended with code {self._process.returncode}: {self._last_words()}"
@@ -258,9 +264,9 @@ class SlurmRpc:
             raise PyslurmUnfit(str(error)) from error
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        width = min(SIDE_BY_SIDE, 1 + len(jobs) // _WORTH_A_PROCESS)
         if self._is_lost:
             return self._commands.submit(jobs)
+        width = min(SIDE_BY_SIDE, 1 + len(jobs) // _WORTH_A_PROCESS)
         return submit_side_by_side(jobs, self._submit, width)
 
     def view(self, run: str) -> ClusterView:
