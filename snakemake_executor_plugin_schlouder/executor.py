@@ -44,6 +44,7 @@ from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
 from .slurm.cli import SlurmCommands
+from .slurm.rpc import choose
 
 if TYPE_CHECKING:
     from .recording import PlannedJob
@@ -198,8 +199,9 @@ class Executor(RemoteExecutor):
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
         asked = self._handed_over(self._asked(jobs))
-        cluster = SlurmCommands(config.partition, self.envvars())
-        info = cluster.check()
+        commands = SlurmCommands(config.partition, self.envvars())
+        info = commands.check()
+        cluster = choose(config.slurm_api, commands, info, self.logger)
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
         cloud = connect(_ec2_settings(config), join, _owner(), self._run)
         types = cloud.instance_types(config.instance_types)

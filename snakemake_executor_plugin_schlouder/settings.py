@@ -18,6 +18,7 @@ from . import order, strategies
 from .model import Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known
+from .slurm import APIS
 
 _T = TypeVar("_T")
 
@@ -148,6 +149,14 @@ class ExecutorSettings(ExecutorSettingsBase):
         default="schlouder",
         metadata=_setting("Slurm partition the VMs belong to.", metavar="NAME"),
     )
+    slurm_api: Optional[str] = field(
+        default="auto",
+        metadata=_setting(
+            "How Slurm is spoken to: cli (its commands), pyslurm, or auto: pyslurm where it is installed "
+            "and fits the controller, else cli.",
+            metavar="auto|cli|pyslurm",
+        ),
+    )
     boot_timeout: Optional[float] = field(
         default=600.0,
         metadata=_setting(
@@ -194,6 +203,7 @@ class Config:
     region: str
     munge_key_parameter: str
     partition: str
+    slurm_api: str
     boot_timeout: float
     keep_logs: bool
     log_days: int
@@ -242,6 +252,7 @@ def validated(settings: ExecutorSettings) -> Config:
         region=settings.region or "",
         munge_key_parameter=settings.munge_key_parameter or "",
         partition=settings.partition or "",
+        slurm_api=settings.slurm_api or "",
         boot_timeout=settings.boot_timeout or 0,
         keep_logs=settings.keep_logs,
         log_days=settings.log_days or 0,
@@ -362,6 +373,10 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", settings.partition or ""):
         problems.append(
             f"--schlouder-partition: {settings.partition!r} is no name of a Slurm partition"
+        )
+    if settings.slurm_api not in APIS:
+        problems.append(
+            f"--schlouder-slurm-api: {settings.slurm_api!r} is not allowed; it is {', '.join(APIS)}"
         )
     if not re.fullmatch(r"[A-Za-z0-9_./-]+", settings.munge_key_parameter or ""):
         problems.append(

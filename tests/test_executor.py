@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -243,10 +244,25 @@ def test_a_job_that_sbatch_refuses_is_retried_by_snakemake(site: Site) -> None:
     )
     shim.chmod(0o755)
     write(site, "rule all:\n    output: 'a'\n    shell: 'touch a'\n")
-    done = site.run("--retries", "1", PATH=f"{shim.parent}:{site.environment['PATH']}")
+    done = site.run(
+        *("--retries", "1", "--schlouder-slurm-api", "cli"),
+        PATH=f"{shim.parent}:{site.environment['PATH']}",
+    )
     assert done.returncode == 0, done.stdout
     assert "Slurm refused the job: sbatch: error" in done.stdout
     assert (site.directory / "a").exists()
+
+
+def test_pyslurm_is_used_when_asked_for_or_it_says_why_not(site: Site) -> None:
+    write(site, "rule all:\n    output: 'a'\n    shell: 'touch a'\n")
+    done = site.run("--verbose", "--schlouder-slurm-api", "pyslurm")
+    if importlib.util.find_spec("pyslurm"):
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("schlouder: Slurm through pyslurm") == 1
+        assert (site.directory / "a").exists()
+    else:
+        assert done.returncode == 1
+        assert "--schlouder-slurm-api: pyslurm cannot be used: pyslurm is not" in done.stdout
 
 
 def start_long_jobs(site: Site, seconds: int, *options: str) -> subprocess.Popen[str]:

@@ -60,6 +60,10 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
         ({"deadline": "soon"}, "--schlouder-deadline: 'soon' is no duration"),
         ({"deadline": "2020-01-01T12:00"}, "has already passed; it must be in the future"),
         ({"budget": "-3h"}, "--schlouder-budget: '-3h' is no duration"),
+        (
+            {"slurm_api": "rest"},
+            "--schlouder-slurm-api: 'rest' is not allowed; it is auto, cli, pyslurm",
+        ),
         ({"sharing": "maybe"}, "--schlouder-sharing: 'maybe' is not allowed; it is on or off"),
         ({"btu": 0.0}, "--schlouder-btu: 0.0 is not allowed; it must be seconds above 0"),
         ({"btu": -1.0}, "--schlouder-btu: -1.0"),

@@ -1,6 +1,6 @@
 """The port `Cluster`: what the broker needs of Slurm, and the plain records that cross it.
 
-One adapter so far: `cli.py`, over Slurm's command line.
+Two adapters: `cli.py` over Slurm's commands, `rpc.py` over pyslurm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Protocol
 
 from ..model import SchlouderError, SlurmOptions
 from .states import JobPhase
+
+APIS = ("auto", "cli", "pyslurm")
+"""What `--schlouder-slurm-api` can be; `rpc.choose` makes the adapter."""
 
 
 class ClusterUnavailable(Exception):

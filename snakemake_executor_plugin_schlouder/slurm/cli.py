@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from . import (
@@ -33,16 +33,17 @@ DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
 
-_SIDE_BY_SIDE = 4
+SIDE_BY_SIDE = 4
 """Submissions at a time: sbatch mostly waits for the controller."""
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
-_TRANSIENT_SUBMIT = (
+TRANSIENT_SUBMIT = (
     *_UNREACHABLE,
     "temporarily unable",
     "Slurm temporarily",
     "Resource temporarily unavailable",
     "Zero Bytes were transmitted",
+    "Protocol authentication error",
 )
 _JOB_FORMAT = "%i|%T|%S|%e|%k|%r"
 _NODE_FORMAT = "%N|%T|%E"
@@ -69,14 +70,24 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         "--no-requeue",
         "--export=ALL",
         f"--chdir={job.workdir}",
-        f"--output={job.log.replace('%', '%%')}",
+        f"--output={log_pattern(job)}",
     ]
     if job.limit is not None:
-        arguments.append(f"--time={max(1, -(-int(job.limit) // 60))}")
+        arguments.append(f"--time={minutes(job.limit)}")
     for name in ("account", "qos", "reservation", "constraint", "gres"):
         if value := getattr(job.options, name):
             arguments.append(f"--{name}={value}")
     return [*arguments, *job.options.extra]
+
+
+def log_pattern(job: JobRequest) -> str:
+    """The log file as a pattern of Slurm's, in which a percent sign would be replaced."""
+    return job.log.replace("%", "%%")
+
+
+def minutes(limit: float) -> int:
+    """A time limit in seconds as Slurm counts it."""
+    return max(1, -(-int(limit) // 60))
 
 
 def parse_jobs(text: str) -> dict[str, JobStatus]:
@@ -155,12 +166,34 @@ def _time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
+def submit_side_by_side(
+    jobs: Sequence[JobRequest], submit: Callable[[JobRequest], SubmitOutcome], width: int
+) -> list[SubmitOutcome]:
+    """Outcomes of `submit`, called `width` at a time; none is begun once Slurm has stopped answering."""
+    silent = threading.Event()
+
+    def submitted(job: JobRequest) -> SubmitOutcome | None:
+        if silent.is_set():
+            return None
+        outcome = submit(job)
+        if isinstance(outcome, ClusterUnavailable):
+            silent.set()
+        return outcome
+
+    with ThreadPoolExecutor(width) as pool:
+        outcomes = list(pool.map(submitted, jobs))
+    while outcomes and outcomes[-1] is None:
+        outcomes.pop()
+    # A job may be passed over while one behind it is under way.
+    return [outcome or ClusterUnavailable("not tried") for outcome in outcomes]
+
+
 class SlurmCommands:
     """The adapter. `partition` is the one whose nodes are ours."""
 
     def __init__(self, partition: str, passed: Collection[str] = ()) -> None:
         """`passed` names the secrets of the environment that jobs may have."""
-        self._partition = partition
+        self.partition = partition
         self._passed = frozenset(passed)
 
     def check(self) -> ClusterInfo:
@@ -171,37 +204,34 @@ class SlurmCommands:
                 "(Debian and Ubuntu: apt install slurm-client)"
             )
         try:
-            config = self._read(["scontrol", "show", "config"])
+            config = self.config()
         except ClusterUnavailable as error:
             raise ClusterUnfit(f"Slurm: slurmctld does not answer ({error})") from error
-        info = cluster_info(parse_config(config))
+        info = cluster_info(config)
         self._check_partition()
         self._check_rights()
         return info
 
+    def config(self) -> dict[str, str]:
+        """The controller's configuration."""
+        return parse_config(self._read(["scontrol", "show", "config"]))
+
+    def environment(self) -> dict[str, str]:
+        """What jobs get of this process's environment."""
+        return _environment(self._passed)
+
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        silent = threading.Event()
+        return submit_side_by_side(jobs, self.submit_one, SIDE_BY_SIDE)
 
-        def submitted(job: JobRequest) -> SubmitOutcome | None:
-            if silent.is_set():
-                return None
-            outcome = self._submit(job)
-            if isinstance(outcome, ClusterUnavailable):
-                silent.set()
-            return outcome
-
-        with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
-            return [outcome for outcome in pool.map(submitted, jobs) if outcome is not None]
-
-    def _submit(self, job: JobRequest) -> SubmitOutcome:
+    def submit_one(self, job: JobRequest) -> SubmitOutcome:
         try:
             done = self._run(sbatch_arguments(job), stdin=job.script)
         except ClusterUnavailable as error:
             return error
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
-        message = _last_line(done.stderr)
-        if any(sign in done.stderr for sign in _TRANSIENT_SUBMIT):
+        message = last_line(done.stderr)
+        if any(sign in done.stderr for sign in TRANSIENT_SUBMIT):
             return ClusterUnavailable(message)
         return SubmissionRefused(message)
 
@@ -216,7 +246,7 @@ class SlurmCommands:
             [
                 "sinfo",
                 "--Node",
-                f"--partition={self._partition}",
+                f"--partition={self.partition}",
                 "--noheader",
                 f"--format={_NODE_FORMAT}",
             ]
@@ -232,7 +262,7 @@ class SlurmCommands:
             return True
         if "Invalid job id" in done.stderr:
             return False
-        raise ClusterUnavailable(_last_line(done.stderr))
+        raise ClusterUnavailable(last_line(done.stderr))
 
     def cancel(self, slurm_ids: Sequence[str]) -> None:
         self._read(["scancel", *slurm_ids])
@@ -242,7 +272,7 @@ class SlurmCommands:
         listed = self._read(
             [
                 "squeue",
-                f"--partition={self._partition}",
+                f"--partition={self.partition}",
                 "--states=RUNNING,COMPLETING,SUSPENDED",
                 "--noheader",
                 "--format=%i|%N",
@@ -281,15 +311,15 @@ class SlurmCommands:
         done = self._run(["scontrol", "update", *settings])
         if done.returncode != 0 and "Invalid node name" not in done.stderr:
             self._raise_unreachable(done)
-            raise ClusterUnavailable(_last_line(done.stderr))
+            raise ClusterUnavailable(last_line(done.stderr))
 
     def _check_partition(self) -> None:
-        done = self._run(["scontrol", "show", "partition", self._partition])
+        done = self._run(["scontrol", "show", "partition", self.partition])
         if done.returncode != 0:
             raise ClusterUnfit(
-                f"--schlouder-partition: Slurm has no partition {self._partition!r}; add it to slurm.conf: "
-                f"NodeSet={self._partition} Feature=schlouder and "
-                f"PartitionName={self._partition} Nodes={self._partition}"
+                f"--schlouder-partition: Slurm has no partition {self.partition!r}; add it to slurm.conf: "
+                f"NodeSet={self.partition} Feature=schlouder and "
+                f"PartitionName={self.partition} Nodes={self.partition}"
             )
 
     def _check_rights(self) -> None:
@@ -297,7 +327,7 @@ class SlurmCommands:
         done = self._run(["scontrol", "delete", f"nodename=schlouder-probe-{uuid.uuid4().hex}"])
         if "denied" in done.stderr or "Invalid user" in done.stderr:
             raise ClusterUnfit(
-                f"Slurm: {_last_line(done.stderr)}: no right to update and delete nodes; "
+                f"Slurm: {last_line(done.stderr)}: no right to update and delete nodes; "
                 "it takes SlurmUser, root or a Slurm operator "
                 "(sacctmgr modify user NAME set adminlevel=operator)"
             )
@@ -305,12 +335,12 @@ class SlurmCommands:
     def _read(self, arguments: Sequence[str]) -> str:
         done = self._run(arguments)
         if done.returncode != 0:
-            raise ClusterUnavailable(f"{arguments[0]}: {_last_line(done.stderr)}")
+            raise ClusterUnavailable(f"{arguments[0]}: {last_line(done.stderr)}")
         return done.stdout
 
     def _raise_unreachable(self, done: subprocess.CompletedProcess[str]) -> None:
         if any(sign in done.stderr for sign in _UNREACHABLE):
-            raise ClusterUnavailable(_last_line(done.stderr))
+            raise ClusterUnavailable(last_line(done.stderr))
 
     def _run(self, arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
@@ -324,7 +354,7 @@ class SlurmCommands:
                 timeout=TIMEOUT,
                 start_new_session=True,
                 check=False,
-                env=_environment(self._passed),
+                env=self.environment(),
             )
         except subprocess.TimeoutExpired:
             raise ClusterUnavailable(f"{arguments[0]}: no answer in {TIMEOUT:.0f} s") from None
@@ -342,6 +372,6 @@ def _environment(passed: Collection[str]) -> dict[str, str]:
     return {**kept, "SLURM_TIME_FORMAT": "%s"}
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else "no message"
