@@ -1,0 +1,95 @@
+"""The executors that are compared, each with the flags a careful user would give.
+
+cluster-generic learns of a job's end from the marker files of its own job script, the fastest and
+cheapest way it has: a status command would cost a start of squeue per job and look. The slurm plugin
+asks squeue, because sacct, its default, is without accounting and lets it wait for ever. Both submit
+to nodes that are up; local cores run the commands without Slurm and without a Snakemake for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from bench.site import PARTITION, ROOT, SLOTS, VMS
+from snakemake_executor_plugin_schlouder import ExecutorSettings
+
+SLURM_PLUGIN_PYTHON = ROOT / "build" / "slurm-plugin" / "bin" / "python"
+
+SUBMIT = (
+    f"sbatch --parsable --partition={PARTITION} --output=/dev/null "
+    "--cpus-per-task={threads} --mem={resources.mem_mb}"
+)
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A Snakemake (the interpreter it is installed for) with its options; `missing` says why it cannot
+    run here."""
+
+    name: str
+    python: str
+    options: tuple[str, ...]
+    missing: str = ""
+
+
+SLURM_PLUGIN = Executor(
+    "slurm plugin",
+    str(SLURM_PLUGIN_PYTHON),
+    (
+        *("--executor", "slurm", "--jobs", "1000", "--slurm-status-command", "squeue"),
+        *("--default-resources", f"slurm_partition={PARTITION}"),
+    ),
+    ""
+    if SLURM_PLUGIN_PYTHON.exists()
+    else "the slurm plugin is not installed: tools/setup-peer build/slurm-plugin .venv",
+)
+CLUSTER_GENERIC = Executor(
+    "cluster-generic",
+    sys.executable,
+    (
+        *("--executor", "cluster-generic", "--jobs", "1000"),
+        *("--cluster-generic-submit-cmd", SUBMIT, "--seconds-between-status-checks", "1"),
+    ),
+)
+LOCAL = Executor("local cores", sys.executable, ("--cores", str(SLOTS)))
+
+
+def has_setting(name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(ExecutorSettings)}
+
+
+def schlouder(name: str, *options: str, missing: str = "") -> Executor:
+    common = ("--executor", "schlouder", "--jobs", "1000", "--schlouder-max-vms", str(VMS))
+    return Executor(name, sys.executable, (*common, *options), missing)
+
+
+def without_pyslurm() -> str:
+    """Why pyslurm cannot be used, if so. Only a child process may find out: an import that finds no
+    usable slurm.conf ends the interpreter."""
+    if not has_setting("slurm_api"):
+        return "this version has no --schlouder-slurm-api"
+    if importlib.util.find_spec("pyslurm") is None:
+        return "pyslurm is not installed"
+    done = subprocess.run(
+        [sys.executable, "-c", "import pyslurm"], capture_output=True, text=True, check=False
+    )
+    return "" if done.returncode == 0 else f"pyslurm does not import: {done.stderr.strip()[-200:]}"
+
+
+CLI_OPTIONS = ("--schlouder-slurm-api", "cli") if has_setting("slurm_api") else ()
+OURS = schlouder("schlouder", *CLI_OPTIONS)
+BUNDLED = schlouder(
+    "schlouder, bundled",
+    *(*CLI_OPTIONS, "--schlouder-bundle", "on"),
+    missing="" if has_setting("bundle") else "this version has no --schlouder-bundle",
+)
+
+
+def with_pyslurm() -> Executor:
+    return schlouder(
+        "schlouder, pyslurm", "--schlouder-slurm-api", "pyslurm", missing=without_pyslurm()
+    )
