@@ -1,10 +1,13 @@
 """`make bench`: all measurements, one row a figure, also in build/bench.json; less than 25 minutes.
 
+Every single run is in build/bench-runs.json.
+
 `python -m bench PART...` measures only these parts: one, chain, many, start, submission, memory.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +26,7 @@ def main(parts: list[str]) -> int:
     if wrong:
         print(f"bench: no such part: {', '.join(wrong)}; there are {', '.join(PARTS)}")
         return 2
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     chosen = parts or list(PARTS)
     rows = memory.rows() if "memory" in chosen else []
     with running_site() as site:
@@ -40,7 +44,7 @@ def on_site(site: Site, chosen: list[str]) -> list[Row]:
         if part in OTHERS:
             rows += OTHERS[part](site)
     if measured:
-        table.show(measured)
+        table.finish(measured, Path("build/bench-runs.json"))
     return rows
 
 

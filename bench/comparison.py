@@ -79,7 +79,9 @@ class Quantity:
 SECONDS = Quantity("seconds", lambda run: run.seconds, "{:.1f} s")
 THROUGHPUT = Quantity("jobs/s", lambda run: MANY.jobs / run.seconds, "{:.2f}/s", True)
 CPU = Quantity("CPU s a job", lambda run: run.cpu / MANY.jobs, "{:.2f} s")
-REQUESTS = Quantity("slurmctld RPCs a job", lambda run: run.requests / MANY.jobs, "{:.2f}")
+REQUESTS = Quantity(
+    "slurmctld RPCs a job", lambda run: sum(run.requests.values()) / MANY.jobs, "{:.2f}"
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ runs from the mark its script leaves before anything else (file times of one ker
 from __future__ import annotations
 
 import statistics
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -17,13 +18,15 @@ from bench.rows import Row
 from bench.runs import RunFailed, Workload, one_run
 from bench.site import PARTITION, Site
 from snakemake_executor_plugin_schlouder.journal import Journal
-from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+from snakemake_executor_plugin_schlouder.slurm.cli import parse_nodes
 
 NAME = "node up until its first job runs, median"
 GOAL = 1.0
 ROUNDS = 4
 LOOK = 0.05
 """Seconds between two looks."""
+
+SINFO = ("sinfo", "--Node", f"--partition={PARTITION}", "--noheader", "--format=%N|%T|%E")
 
 WORKLOAD = Workload(
     "a job on each VM",
@@ -83,11 +86,10 @@ class _Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        slurm = SlurmCommands(PARTITION)
         before = time.time()
         while not self._done.wait(LOOK):
             begun = time.time()
-            for node in slurm.view("none").nodes.values():
+            for node in parse_nodes(subprocess.check_output(SINFO, text=True)).values():
                 if node.accepts_jobs:
                     self.up.setdefault(node.name, before)
             before = begun

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections import Counter
 
 OWN = "REQUEST_STATS_INFO"
 """What sdiag itself asks."""
@@ -14,14 +13,14 @@ def reset() -> None:
     subprocess.run(["sdiag", "--reset"], check=True, capture_output=True)
 
 
-def counted() -> Counter[str]:
+def counted() -> dict[str, int]:
     """Requests by message type since the last reset."""
     done = subprocess.run(["sdiag"], check=True, capture_output=True, text=True)
     return by_type(done.stdout)
 
 
-def by_type(text: str) -> Counter[str]:
+def by_type(text: str) -> dict[str, int]:
     """The section by message type; each request also stands in the one by user."""
     section = text.partition("statistics by message type")[2].partition("\n\n")[0]
     found = re.findall(r"^\s*(\S+)\s+\(\s*\d+\)\s+count:(\d+)", section, re.MULTILINE)
-    return Counter({name: int(count) for name, count in found if name != OWN})
+    return {name: int(count) for name, count in found if name != OWN}

@@ -19,6 +19,7 @@ from bench.site import Site
 LONGEST = 1200.0
 """Seconds after which a run is given up."""
 
+_LAST_GRACE = 60.0
 _LAST_LINES = 5
 
 
@@ -33,13 +34,14 @@ class Workload:
 class Run:
     """`seconds`: the whole command, from its start to its exit. `main`, `vms`, `controller`: CPU seconds
     of Snakemake and all it started here, of everything in VMs, of slurmctld and its munged.
-    `noticed`: seconds from the last job's exit-code file until Snakemake had it (ours only)."""
+    `requests` that slurmctld answered, by type. `noticed`: seconds from the last job's exit-code file
+    until Snakemake had it (ours only)."""
 
     seconds: float
     main: float
     vms: float
     controller: float
-    requests: int
+    requests: Mapping[str, int]
     noticed: float | None
 
     @property
@@ -105,7 +107,7 @@ def one_run(site: Site, workload: Workload, executor: Executor, directory: Path)
         command.cpu,
         used.vms,
         used.controller,
-        requests.counted().total(),
+        requests.counted(),
         _noticed(directory, command.last_finish),
     )
 
@@ -121,8 +123,10 @@ class _Command:
     def __init__(
         self, arguments: list[str], directory: Path, environment: Mapping[str, str]
     ) -> None:
+        self.last_finish = 0.0
+        self._ended = threading.Event()
         begun = time.monotonic()
-        process = subprocess.Popen(
+        self._process = subprocess.Popen(
             arguments,
             cwd=directory,
             env=environment,
@@ -132,21 +136,35 @@ class _Command:
             text=True,
             process_group=0,
         )
-        watchdog = threading.Timer(LONGEST, os.killpg, (process.pid, signal.SIGKILL))
-        watchdog.start()
-        self.last_finish, self.output = 0.0, list[str]()
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                self.output.append(line)
-                if line.startswith("Finished jobid"):
-                    self.last_finish = time.time()
-        _, status, used = os.wait4(process.pid, 0)
-        watchdog.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
+        threading.Thread(target=self._watch, daemon=True).start()
+        output = self._read()
+        _, status, used = os.wait4(self._process.pid, 0)
+        self._ended.set()
         self.seconds = time.monotonic() - begun
         self.cpu = used.ru_utime + used.ru_stime
-        if process.returncode == -signal.SIGKILL:
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        if self.seconds > LONGEST:
             raise RunFailed(f"given up after {LONGEST:.0f} s")
-        if process.returncode != 0:
-            raise RunFailed("".join(self.output[-_LAST_LINES:]).strip())
+        if self._process.returncode != 0:
+            raise RunFailed("".join(output[-_LAST_LINES:]).strip())
+
+    def _read(self) -> list[str]:
+        assert self._process.stdout is not None
+        lines = []
+        try:
+            with self._process.stdout as output:
+                for line in output:
+                    lines.append(line)
+                    if line.startswith("Finished jobid"):
+                        self.last_finish = time.time()
+        except BaseException:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            raise
+        return lines
+
+    def _watch(self) -> None:
+        """Ends a run that takes too long, first as Ctrl-C does."""
+        for patience, number in ((LONGEST, signal.SIGINT), (_LAST_GRACE, signal.SIGKILL)):
+            if self._ended.wait(patience):
+                return
+            os.killpg(self._process.pid, number)
