@@ -9,13 +9,16 @@ to nodes that are up; local cores run the commands without Slurm and without a S
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import subprocess
+import importlib
+import logging
 import sys
 from dataclasses import dataclass
 
 from bench.site import PARTITION, ROOT, SLOTS, VMS
 from snakemake_executor_plugin_schlouder import ExecutorSettings
+from snakemake_executor_plugin_schlouder.model import SchlouderError
+from snakemake_executor_plugin_schlouder.slurm import Cluster
+from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
 SLURM_PLUGIN_PYTHON = ROOT / "build" / "slurm-plugin" / "bin" / "python"
 
@@ -67,17 +70,14 @@ def schlouder(name: str, *options: str, missing: str = "") -> Executor:
     return Executor(name, sys.executable, (*common, *options), missing)
 
 
-def without_pyslurm() -> str:
-    """Why pyslurm cannot be used, if so. Only a child process may find out: an import that finds no
-    usable slurm.conf ends the interpreter."""
+def pyslurm_adapter(commands: SlurmCommands) -> Cluster:
+    """The adapter over pyslurm; SchlouderError says why there is none. Needs a running slurmctld."""
     if not has_setting("slurm_api"):
-        return "this version has no --schlouder-slurm-api"
-    if importlib.util.find_spec("pyslurm") is None:
-        return "pyslurm is not installed"
-    done = subprocess.run(
-        [sys.executable, "-c", "import pyslurm"], capture_output=True, text=True, check=False
-    )
-    return "" if done.returncode == 0 else f"pyslurm does not import: {done.stderr.strip()[-200:]}"
+        raise SchlouderError("this version has no --schlouder-slurm-api")
+    rpc = importlib.import_module("snakemake_executor_plugin_schlouder.slurm.rpc")
+    log = logging.getLogger("bench")
+    adapter: Cluster = rpc.choose("pyslurm", commands, commands.check(), log)
+    return adapter
 
 
 CLI_OPTIONS = ("--schlouder-slurm-api", "cli") if has_setting("slurm_api") else ()
@@ -90,6 +90,9 @@ BUNDLED = schlouder(
 
 
 def with_pyslurm() -> Executor:
-    return schlouder(
-        "schlouder, pyslurm", "--schlouder-slurm-api", "pyslurm", missing=without_pyslurm()
-    )
+    missing = ""
+    try:
+        pyslurm_adapter(SlurmCommands(PARTITION))
+    except SchlouderError as error:
+        missing = str(error)
+    return schlouder("schlouder, pyslurm", "--schlouder-slurm-api", "pyslurm", missing=missing)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import subprocess
 import time
 
-from bench.executors import without_pyslurm
+from bench.executors import pyslurm_adapter
 from bench.rows import Row
 from bench.site import PARTITION, PEER_NODES, Site
+from snakemake_executor_plugin_schlouder.model import SchlouderError
 from snakemake_executor_plugin_schlouder.slurm import Cluster, JobRequest
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 from snakemake_executor_plugin_schlouder.slurm.script import job_script
@@ -26,15 +26,16 @@ RUN = "bench-submission"
 
 def rows(site: Site) -> list[Row]:
     commands = SlurmCommands(PARTITION)
-    missing = without_pyslurm()
     adapters: dict[str, Cluster] = {"cli": commands}
-    if not missing:
-        module = importlib.import_module("snakemake_executor_plugin_schlouder.slurm.rpc")
-        adapters["pyslurm"] = module.SlurmRpc(commands)
+    missing = ""
+    try:
+        adapters["pyslurm"] = pyslurm_adapter(commands)
+    except SchlouderError as error:
+        missing = str(error)
     rates = _rates(site, commands, adapters)
     cli = rates["cli"]
-    name, goal = "1,000 submissions, pyslurm / cli", f">= {RATIO_GOAL:.0f}"
     first = Row("1,000 submissions, cli", f"{cli:.0f}/s", f">= {CLI_GOAL:.0f}/s", cli >= CLI_GOAL)
+    name, goal = "1,000 submissions, pyslurm / cli", f">= {RATIO_GOAL:.0f}"
     if missing:
         return [first, Row(name, missing, goal, None)]
     ratio = rates["pyslurm"] / cli
