@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+PEER := build/slurm-plugin
 
 .PHONY: demo test lint types bench acceptance clean
 
@@ -20,7 +21,8 @@ types: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
-	@tools/as-root $(PYTHON) -m bench
+	@[ -x $(PEER)/bin/python ] || tools/setup-peer $(PEER) $(VENV) || echo "bench: no slurm plugin" >&2
+	@tools/as-root $(PYTHON) -m bench $(PARTS)
 
 $(READY): pyproject.toml tools/setup
 	@tools/setup $(VENV)

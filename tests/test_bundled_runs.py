@@ -32,10 +32,9 @@ rule one:
     resources:
         schlouder_walltime="3s", runtime=lambda wildcards: 1 if wildcards.i == "slow" else 10
     run:
-        import subprocess, sys
         print("this is", wildcards.i)
         if wildcards.i == "fails":
-            sys.exit("went wrong")
+            raise ValueError("went wrong")
         if wildcards.i != "empty":
             open(output[0], "w").write(wildcards.i)
 """

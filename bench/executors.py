@@ -1,0 +1,100 @@
+"""The executors that are compared, each with the flags a careful user would give.
+
+cluster-generic learns of a job's end from the marker files of its own job script, the fastest and
+cheapest way it has: a status command would cost a start of squeue per job and look. The slurm plugin
+asks squeue, because sacct, its default, is without accounting and lets it wait for ever. Both submit
+to nodes that are up; local cores run the commands without Slurm and without a Snakemake for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+
+from bench.site import PARTITION, ROOT, SLOTS, VMS
+from snakemake_executor_plugin_schlouder import ExecutorSettings
+from snakemake_executor_plugin_schlouder.model import SchlouderError
+from snakemake_executor_plugin_schlouder.slurm import Cluster
+from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+
+SLURM_PLUGIN_PYTHON = ROOT / "build" / "slurm-plugin" / "bin" / "python"
+
+SUBMIT = (
+    f"sbatch --parsable --partition={PARTITION} --output=/dev/null "
+    "--cpus-per-task={threads} --mem={resources.mem_mb}"
+)
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A Snakemake (the interpreter it is installed for) with its options; `missing` says why it cannot
+    run here."""
+
+    name: str
+    python: str
+    options: tuple[str, ...]
+    missing: str = ""
+
+
+SLURM_PLUGIN = Executor(
+    "slurm plugin",
+    str(SLURM_PLUGIN_PYTHON),
+    (
+        *("--executor", "slurm", "--jobs", "1000", "--slurm-status-command", "squeue"),
+        *("--default-resources", f"slurm_partition={PARTITION}"),
+    ),
+    ""
+    if SLURM_PLUGIN_PYTHON.exists()
+    else "the slurm plugin is not installed: tools/setup-peer build/slurm-plugin .venv",
+)
+CLUSTER_GENERIC = Executor(
+    "cluster-generic",
+    sys.executable,
+    (
+        *("--executor", "cluster-generic", "--jobs", "1000"),
+        *("--cluster-generic-submit-cmd", SUBMIT, "--seconds-between-status-checks", "1"),
+    ),
+)
+LOCAL = Executor("local cores", sys.executable, ("--cores", str(SLOTS)))
+
+
+def has_setting(name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(ExecutorSettings)}
+
+
+def schlouder(name: str, *options: str, missing: str = "") -> Executor:
+    common = ("--executor", "schlouder", "--jobs", "1000", "--schlouder-max-vms", str(VMS))
+    return Executor(name, sys.executable, (*common, *options), missing)
+
+
+def pyslurm_adapter(commands: SlurmCommands) -> Cluster:
+    """The adapter over pyslurm; SchlouderError says why there is none. Needs a running slurmctld."""
+    if not has_setting("slurm_api"):
+        raise SchlouderError("this version has no --schlouder-slurm-api")
+    rpc = importlib.import_module("snakemake_executor_plugin_schlouder.slurm.rpc")
+    log = logging.getLogger("bench")
+    adapter: Cluster = rpc.choose("pyslurm", commands, commands.check(), log)
+    return adapter
+
+
+CLI_OPTIONS = ("--schlouder-slurm-api", "cli") if has_setting("slurm_api") else ()
+OURS = schlouder("schlouder", *CLI_OPTIONS, "--schlouder-keep-logs")
+"""Keeps the exit-code files, whose times tell when a job began and ended."""
+
+BUNDLED = schlouder(
+    "schlouder, bundled",
+    *(*CLI_OPTIONS, "--schlouder-bundle", "on"),
+    missing="" if has_setting("bundle") else "this version has no --schlouder-bundle",
+)
+
+
+def with_pyslurm() -> Executor:
+    missing = ""
+    try:
+        pyslurm_adapter(SlurmCommands(PARTITION))
+    except SchlouderError as error:
+        missing = str(error)
+    return schlouder("schlouder, pyslurm", "--schlouder-slurm-api", "pyslurm", missing=missing)
