@@ -15,6 +15,9 @@ from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 
 pytestmark = pytest.mark.integration
 
+SECOND = 1.0
+"""Slurm's own times are whole seconds."""
+
 SHORT_JOBS = """
 rule all:
     input: expand("out/{i}.txt", i=range(12))
@@ -57,12 +60,10 @@ def test_short_jobs_share_slurm_jobs_and_are_accounted_for_one_by_one(site: Site
     logs = list(site.directory.glob(".snakemake/schlouder/*/*.log"))
     assert sum("it is 7\n" in log.read_text() for log in logs) == 1
     assert len(re.findall(r"complete +one i=\d+", done.stdout)) == 12
-    for _, spans in _spans(site).items():
-        ordered = sorted(spans)
-        assert all(
-            a_end <= b_begin + 0.01
-            for (_, a_end), (b_begin, _) in zip(ordered, ordered[2:], strict=False)
-        )
+    for spans in _spans(site).values():
+        for moment, _ in spans:
+            side_by_side = sum(begun <= moment < ended - SECOND for begun, ended in spans)
+            assert side_by_side <= 2, "as many as the VM has CPUs"
 
 
 def test_one_that_fails_fails_alone_whatever_its_name(site: Site) -> None:

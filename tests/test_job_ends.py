@@ -126,7 +126,7 @@ def test_held_suspended_and_requeued_jobs_are_waited_for(site: Site) -> None:
         site.slurm("scontrol", "update", f"jobid={requeued}", "requeue=1")
         site.slurm("scontrol", "requeue", requeued)
         wait_for(lambda: jobs(site)[requeued].startswith("PENDING"), lambda: f"{jobs(site)}")
-        time.sleep(12)
+        time.sleep(18)
         assert process.poll() is None
         for number in range(3):
             (site.directory / f"go-{number}").touch()

@@ -432,7 +432,7 @@ class TestCleanUp:
         cloud.down()
         wait_until_gone(made)
 
-    @pytest.mark.parametrize("next_name", [own("killed"), own("other")])
+    @pytest.mark.parametrize("next_name", ["killed", "other"])
     def test_a_killed_owner_takes_all_with_it_and_the_next_command_sweeps(
         self, next_name: str
     ) -> None:
@@ -441,7 +441,7 @@ class TestCleanUp:
         made = traces(cloud)
         os.kill(facts(cloud)["host_pid"], signal.SIGKILL)
         wait(lambda: LocalCloud.find(own("killed")) is None, str, "still alive")
-        down(next_name)
+        down(own(next_name))
         wait_until_gone(made)
 
     def test_a_cloud_ends_with_the_process_it_is_attached_to(self) -> None:
