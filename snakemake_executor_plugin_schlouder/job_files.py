@@ -25,6 +25,7 @@ _TAIL_BYTES = 65536
 _TAIL_LINES = 30
 _PATIENCE = 10.0
 _DAY = 86400.0
+_ODD = re.compile(r"[^A-Za-z0-9.=]+")
 _RUN = re.compile(r"[0-9a-f]{8}")
 _OURS = re.compile(
     r"\d+-[A-Za-z0-9_.=-]+\.\d+\.(log(\.bundle)?|exit(\.done)?(\.part|\.begun|\.revoked)?)"
@@ -171,4 +172,4 @@ def _number(task: Task) -> str:
 
 def _plain(text: str) -> str:
     """`text` in characters that every file system and every shell takes as they are."""
-    return re.sub(r"[^A-Za-z0-9.=]+", "_", text).strip("_")
+    return _ODD.sub("_", text).strip("_")

@@ -327,8 +327,15 @@ class VM:
     def takes_ahead(self, gpus: int = 0) -> bool:
         """Whether a task may be handed over that waits for one that runs, so that Slurm has it at hand: not
         where others wait there already, nor for GPUs, of which Slurm does not know."""
-        waits = any(task.is_behind for task in self.active.values())
-        return not waits and self.has_room(Need(0, 0, gpus))
+        cpus, memory = 0, 0
+        for task in self.active.values():
+            if task.is_behind:
+                return False
+            cpus += task.need.cpus
+            memory += task.need.memory
+            gpus += task.need.gpus
+        kind = self.type
+        return cpus <= kind.cpus and memory <= kind.node_memory and gpus <= kind.gpus
 
     @property
     def free_cpus(self) -> int:

@@ -235,9 +235,9 @@ class Pool:
             return False
         if vm.free_cpus > 0 or self._fills_bundles(vm):
             return True
-        ahead = vm.takes_ahead() and not vm.queue
-        many = len(self.backlog) >= 2 * len(self.fleet)
-        return ahead and many and all(task.walltime <= SHORT for task in vm.active.values())
+        if vm.queue or len(self.backlog) < 2 * len(self.fleet):
+            return False
+        return vm.takes_ahead() and all(task.walltime <= SHORT for task in vm.active.values())
 
     def _fills_bundles(self, vm: VM) -> bool:
         """Whether what is planned for `vm` goes into bundles that more tasks still fit into."""
