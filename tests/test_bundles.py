@@ -112,5 +112,6 @@ def test_only_a_plain_call_of_snakemake_is_forked() -> None:
         "/a b",
         ["--snakefile", "S;f", "--target-jobs", "one:i=1"],
     )
+    assert snakemake_call("/usr/bin/python -m snakemake --cores 1") == (".", ["--cores", "1"])
     for other in (f"{plain} && touch done", f"X=$HOME; {plain}", "run 1 0", plain[8:]):
         assert snakemake_call(other) is None

@@ -48,18 +48,20 @@ def main() -> None:
 
 
 def snakemake_call(command: str) -> tuple[str, list[str]] | None:
-    """(directory, arguments) of `cd DIRECTORY && PYTHON -m snakemake ARGUMENTS`; None for a command that
-    only a shell understands."""
+    """(directory, arguments) of `PYTHON -m snakemake ARGUMENTS`, with or without `cd DIRECTORY &&` before it;
+    None for a command that only a shell understands."""
     if "$" in command or "`" in command:
         return None
     try:
         words = shlex.split(command)
     except ValueError:
         return None
-    if words[:1] != ["cd"] or words[2:3] != ["&&"] or words[4:6] != ["-m", "snakemake"]:
+    directory = "."
+    if words[:1] == ["cd"] and words[2:3] == ["&&"]:
+        directory, words = words[1], words[3:]
+    if words[1:3] != ["-m", "snakemake"] or {"&&", "||", "|", "&"} & set(words):
         return None
-    arguments = words[6:]
-    return None if "&&" in arguments else (words[1], arguments)
+    return directory, words[3:]
 
 
 def _load_snakemake() -> None:
