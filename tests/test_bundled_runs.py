@@ -59,6 +59,8 @@ def test_short_jobs_share_slurm_jobs_and_are_accounted_for_one_by_one(site: Site
     assert len(set(written)) <= 6, "several in one Slurm job"
     logs = list(site.directory.glob(".snakemake/schlouder/*/*.log"))
     assert sum("it is 7\n" in log.read_text() for log in logs) == 1
+    forked = [log for log in logs if "Command: snakemake " in log.read_text()]
+    assert len(forked) >= 6, "by the Snakemake that is loaded already"
     assert len(re.findall(r"complete +one i=\d+", done.stdout)) == 12
     for spans in _spans(site).values():
         for moment, _ in spans:
