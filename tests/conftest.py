@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from workflows import Site
 
 from snakemake_executor_plugin_schlouder.localcloud import (
     LocalCloud,
@@ -26,3 +28,11 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     options = Options(name=f"pytest-{os.getpid()}", boot_seconds=(0.0, 0.0), share=[shared])
     with LocalCloud.up(options, attached=True) as running:
         yield running
+
+
+@pytest.fixture
+def site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Site]:
+    """A workflow directory. Whatever the test did, nothing of it may be left on the cloud."""
+    made = Site.make(cloud, tmp_path)
+    yield made
+    made.assert_nothing_left()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from workflows import Site
 
 from snakemake_executor_plugin_schlouder.journal import journal_path
-from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 
 pytestmark = pytest.mark.integration
 
@@ -43,15 +41,8 @@ rule one:
 """
 
 
-@pytest.fixture
-def site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Site]:
-    made = Site.make(cloud, tmp_path)
-    yield made
-    made.assert_nothing_left()
-
-
 def test_short_jobs_share_slurm_jobs_and_are_accounted_for_one_by_one(site: Site) -> None:
-    (site.directory / "Snakefile").write_text(SHORT_JOBS)
+    site.write(SHORT_JOBS)
     done = site.run("--schlouder-bundle", "on", "--schlouder-max-vms", "1", "--schlouder-keep-logs")
     assert done.returncode == 0, done.stdout
     written = [path.read_text() for path in (site.directory / "out").glob("*.txt")]
@@ -69,7 +60,7 @@ def test_short_jobs_share_slurm_jobs_and_are_accounted_for_one_by_one(site: Site
 
 
 def test_one_that_fails_fails_alone_whatever_its_name(site: Site) -> None:
-    (site.directory / "Snakefile").write_text(BAD_JOBS)
+    site.write(BAD_JOBS)
     done = site.run("--schlouder-bundle", "on", "--schlouder-max-vms", "1", "--keep-going")
     assert done.returncode != 0
     made = {path.stem for path in (site.directory / "out").glob("*.txt")}
@@ -79,9 +70,7 @@ def test_one_that_fails_fails_alone_whatever_its_name(site: Site) -> None:
 
 
 def test_a_rule_may_ask_for_it_alone(site: Site) -> None:
-    (site.directory / "Snakefile").write_text(
-        SHORT_JOBS.replace('walltime="3s"', 'walltime="3s", schlouder_bundle=1')
-    )
+    site.write(SHORT_JOBS.replace('walltime="3s"', 'walltime="3s", schlouder_bundle=1'))
     done = site.run("--schlouder-max-vms", "1")
     assert done.returncode == 0, done.stdout
     written = {path.read_text() for path in (site.directory / "out").glob("*.txt")}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,18 +63,6 @@ rule one:
 """
 
 
-@pytest.fixture
-def site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Site]:
-    """A workflow directory. Whatever the test did, nothing of it may be left on the cloud."""
-    made = Site.make(cloud, tmp_path)
-    yield made
-    made.assert_nothing_left()
-
-
-def write(site: Site, snakefile: str) -> None:
-    (site.directory / "Snakefile").write_text(snakefile)
-
-
 class TestSnakemakesOwnSuite(snakemake.common.tests.TestWorkflowsLocalStorageBase):
     """Snakemake's test workflows for executors: five rules, and a group."""
 
@@ -106,7 +93,7 @@ class TestSnakemakesOwnSuite(snakemake.common.tests.TestWorkflowsLocalStorageBas
 
 
 def test_jobs_run_on_vms_of_their_strategy_and_the_table_shows_it(site: Site) -> None:
-    write(site, THREE_JOBS)
+    site.write(THREE_JOBS)
     before = len(site.instances())
     done = site.run("--schlouder-strategy", "one-vm-per-job")
     assert done.returncode == 0, done.stdout
@@ -140,7 +127,7 @@ rule one:
 
 def test_the_default_strategy_lays_the_batch_out_and_remembers_what_it_took(site: Site) -> None:
     """Two jobs at once on a VM; five minutes are assumed for the first run, seconds for the second."""
-    write(site, SIX_ALIKE)
+    site.write(SIX_ALIKE)
     first = site.run("--schlouder-strategy", "cheapest")
     assert first.returncode == 0, first.stdout
     assert "6 of 6 jobs complete" in first.stdout
@@ -157,7 +144,7 @@ def test_the_default_strategy_lays_the_batch_out_and_remembers_what_it_took(site
 
 
 def test_a_job_follows_the_one_it_waited_for_to_its_vm(site: Site) -> None:
-    write(site, TWO_CHAINS)
+    site.write(TWO_CHAINS)
     done = site.run("--schlouder-strategy", "start-par-exceed", "--schlouder-btu", "3600")
     assert done.returncode == 0, done.stdout
     hosts = {path.name: path.read_text().strip() for path in (site.directory / "out").glob("*.txt")}
@@ -167,7 +154,7 @@ def test_a_job_follows_the_one_it_waited_for_to_its_vm(site: Site) -> None:
 
 
 def test_nothing_to_be_done_starts_nothing(site: Site) -> None:
-    write(site, "rule all:\n    output: 'a'\n    shell: 'touch a'\n")
+    site.write("rule all:\n    output: 'a'\n    shell: 'touch a'\n")
     assert site.run().returncode == 0
     before = len(site.instances())
     done = site.run(SNAKEMAKE_SCHLOUDER_IMAGE="ami-none", AWS_ENDPOINT_URL="http://127.0.0.1:9")
@@ -177,8 +164,7 @@ def test_nothing_to_be_done_starts_nothing(site: Site) -> None:
 
 
 def test_threads_memory_and_runtime_reach_slurm(site: Site) -> None:
-    write(
-        site,
+    site.write(
         """
 rule all:
     output: "seen"
@@ -197,8 +183,7 @@ rule all:
 
 
 def test_a_failing_job_shows_its_log_and_gives_its_vm_back(site: Site) -> None:
-    write(
-        site,
+    site.write(
         """
 rule all:
     input: "good", "bad"
@@ -220,8 +205,7 @@ rule bad:
 
 
 def test_a_job_that_slurm_ended_says_how(site: Site) -> None:
-    write(
-        site,
+    site.write(
         """
 rule all:
     output: "a"
@@ -243,7 +227,7 @@ def test_a_job_that_sbatch_refuses_is_retried_by_snakemake(site: Site) -> None:
         "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1\n"
     )
     shim.chmod(0o755)
-    write(site, "rule all:\n    output: 'a'\n    shell: 'touch a'\n")
+    site.write("rule all:\n    output: 'a'\n    shell: 'touch a'\n")
     done = site.run(
         *("--retries", "1", "--schlouder-slurm-api", "cli"),
         PATH=f"{shim.parent}:{site.environment['PATH']}",
@@ -254,7 +238,7 @@ def test_a_job_that_sbatch_refuses_is_retried_by_snakemake(site: Site) -> None:
 
 
 def test_pyslurm_is_used_when_asked_for_or_it_says_why_not(site: Site) -> None:
-    write(site, "rule all:\n    output: 'a'\n    shell: 'touch a'\n")
+    site.write("rule all:\n    output: 'a'\n    shell: 'touch a'\n")
     done = site.run("--verbose", "--schlouder-slurm-api", "pyslurm")
     if importlib.util.find_spec("pyslurm"):
         assert done.returncode == 0, done.stdout
@@ -267,7 +251,7 @@ def test_pyslurm_is_used_when_asked_for_or_it_says_why_not(site: Site) -> None:
 
 def start_long_jobs(site: Site, seconds: int, *options: str) -> subprocess.Popen[str]:
     """Four jobs, of which two VMs have two at work or ahead and the rest waits; returns when two run."""
-    write(site, LONG_JOBS)
+    site.write(LONG_JOBS)
     process = site.start("--config", f"seconds={seconds}", "--schlouder-max-vms", "2", *options)
     wait_for(lambda: len(started(site)) == 2, lambda: "the jobs did not start")
     return process
@@ -293,7 +277,7 @@ def test_ctrl_c_and_a_closed_terminal_give_everything_back(site: Site, number: i
 
 
 def test_a_recorded_run_is_played_again_with_the_same_decisions(site: Site) -> None:
-    write(site, THREE_JOBS)
+    site.write(THREE_JOBS)
     done = site.run("--schlouder-record", "run.jsonl", "--schlouder-strategy", "asap")
     assert done.returncode == 0, done.stdout
     path = site.directory / "run.jsonl"
@@ -317,7 +301,7 @@ def test_a_second_ctrl_c_does_not_stop_the_giving_back(site: Site) -> None:
 
 
 def test_ctrl_c_while_vms_boot_gives_them_back(site: Site) -> None:
-    write(site, LONG_JOBS)
+    site.write(LONG_JOBS)
     before = len(site.instances())
     process = site.start("--config", "seconds=600")
     wait_for(lambda: len(site.instances()) > before, lambda: "no VM was requested")
@@ -340,8 +324,7 @@ def test_signals_of_every_kind_in_quick_succession_leave_nothing(site: Site) -> 
 
 def test_a_vm_that_dies_runs_nothing_twice_and_loses_nothing(site: Site) -> None:
     """One VM, two jobs running and one queued ahead in Slurm, when the machine is gone."""
-    write(
-        site,
+    site.write(
         """
 rule all:
     input: expand("out/{i}.txt", i=range(4))
@@ -384,8 +367,7 @@ def test_sigterm_lets_running_jobs_end_and_starts_nothing_more(site: Site) -> No
 
 
 def test_after_a_final_failure_nothing_new_starts(site: Site) -> None:
-    write(
-        site,
+    site.write(
         """
 rule all:
     input: expand("out/{i}", i=range(8))
@@ -439,7 +421,7 @@ rule one:
 def test_bad_input_is_one_clear_error_before_any_vm_starts(
     site: Site, options: list[str], environment: dict[str, str], message: str
 ) -> None:
-    write(site, THREE_JOBS)
+    site.write(THREE_JOBS)
     before = len(site.instances())
     home = {"HOME": str(site.directory)}
     done = site.run(*options, **{**home, **environment})
@@ -460,7 +442,7 @@ def test_bad_input_is_one_clear_error_before_any_vm_starts(
 def test_a_bad_rule_is_one_clear_error_before_any_vm_starts(
     site: Site, resources: str, message: str
 ) -> None:
-    write(site, THREE_JOBS.replace('schlouder_walltime="5s"', resources))
+    site.write(THREE_JOBS.replace('schlouder_walltime="5s"', resources))
     before = len(site.instances())
     done = site.run()
     assert done.returncode == 1
@@ -470,21 +452,21 @@ def test_a_bad_rule_is_one_clear_error_before_any_vm_starts(
 
 
 def test_a_rule_with_too_many_threads_is_refused(site: Site) -> None:
-    write(site, LONG_JOBS.replace("threads: 2", "threads: 64"))
+    site.write(LONG_JOBS.replace("threads: 2", "threads: 64"))
     done = site.run("--config", "seconds=1")
     assert done.returncode == 1
     assert "rule one needs 64 cpus" in done.stdout
 
 
 def test_a_small_number_of_jobs_is_warned_about(site: Site) -> None:
-    write(site, LONG_JOBS)
+    site.write(LONG_JOBS)
     done = site.run("--config", "seconds=0", "--jobs", "1")
     assert done.returncode == 0
     assert "--jobs 1 lets schlouder see 1 of 4 jobs at a time" in done.stdout
 
 
 def test_without_sbatch_it_says_what_to_install(site: Site, tmp_path: Path) -> None:
-    write(site, THREE_JOBS)
+    site.write(THREE_JOBS)
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "sh", "env"):
@@ -495,7 +477,7 @@ def test_without_sbatch_it_says_what_to_install(site: Site, tmp_path: Path) -> N
 
 
 def test_a_silent_slurmctld_is_told(site: Site, tmp_path: Path) -> None:
-    write(site, THREE_JOBS)
+    site.write(THREE_JOBS)
     conf = Path(site.environment["SLURM_CONF"]).read_text()
     lines = [line for line in conf.splitlines() if not line.startswith("SlurmctldPort")]
     silent = tmp_path / "slurm.conf"

@@ -45,18 +45,6 @@ rule one:
 """
 
 
-@pytest.fixture
-def site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Site]:
-    """A workflow directory. Whatever the test did, nothing of it may be left on the cloud."""
-    made = Site.make(cloud, tmp_path)
-    yield made
-    made.assert_nothing_left()
-
-
-def write(site: Site, snakefile: str) -> None:
-    (site.directory / "Snakefile").write_text(snakefile)
-
-
 def files(site: Site) -> list[str]:
     """Everything jobs left in the folders of the runs."""
     return sorted(path.name for path in (site.directory / ".snakemake/schlouder").glob("*/*"))
@@ -99,7 +87,7 @@ def slurmctld(cloud: LocalCloud) -> int:
 
 
 def test_each_end_of_a_job_is_told_with_its_cause(site: Site) -> None:
-    write(site, ENDS)
+    site.write(ENDS)
     done = site.run("--keep-going", "--latency-wait", "1")
     assert done.returncode == 1
     assert "ran longer than its runtime (1 min) (Slurm: TIMEOUT)" in done.stdout
@@ -112,7 +100,7 @@ def test_each_end_of_a_job_is_told_with_its_cause(site: Site) -> None:
 
 def test_held_suspended_and_requeued_jobs_are_waited_for(site: Site) -> None:
     """Two jobs run, one is queued ahead of the only VM."""
-    write(site, THREE_ON_ONE_VM)
+    site.write(THREE_ON_ONE_VM)
     with started(site, "--schlouder-max-vms", "1", "--schlouder-strategy", "asap") as process:
         wait_for(
             lambda: len(list(site.directory.glob("started-*"))) == 2, lambda: "two did not start"
@@ -143,7 +131,7 @@ def test_held_suspended_and_requeued_jobs_are_waited_for(site: Site) -> None:
 
 
 def test_a_restart_of_slurmctld_and_a_silent_one_lose_and_repeat_nothing(site: Site) -> None:
-    write(site, THREE_ON_ONE_VM)
+    site.write(THREE_ON_ONE_VM)
     with started(site, "--schlouder-max-vms", "2", "--schlouder-keep-logs") as process:
         wait_for(
             lambda: len(list(site.directory.glob("started-*"))) == 3, lambda: "jobs did not start"
@@ -172,7 +160,7 @@ def test_a_restart_of_slurmctld_and_a_silent_one_lose_and_repeat_nothing(site: S
 
 
 def test_files_of_successes_go_at_once_and_old_ones_after_days(site: Site) -> None:
-    write(site, "rule all:\n    output: 'a'\n    shell: 'touch {output}'\n")
+    site.write("rule all:\n    output: 'a'\n    shell: 'touch {output}'\n")
     old = site.directory / ".snakemake/schlouder/00000001"
     old.mkdir(parents=True)
     (old / "1-a.1.log").touch()
@@ -189,8 +177,7 @@ def test_files_of_successes_go_at_once_and_old_ones_after_days(site: Site) -> No
 
 
 def test_any_wildcard_makes_a_log_that_can_be_shown(site: Site) -> None:
-    write(
-        site,
+    site.write(
         """
 LONG = "".join(str(n) for n in range(140))
 VALUES = ["a b", "it's; here", 'say "hi"', "é漢%j", LONG[:150] + "/" + LONG[150:300]]

@@ -4,13 +4,11 @@ names of every kind."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from workflows import Site
 
-from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.recording import decoded, read
 
 pytestmark = pytest.mark.integration
@@ -136,20 +134,8 @@ rule {"l" * 300}:
 """
 
 
-@pytest.fixture
-def site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Site]:
-    """A workflow directory. Whatever the test did, nothing of it may be left on the cloud."""
-    made = Site.make(cloud, tmp_path)
-    yield made
-    made.assert_nothing_left()
-
-
-def write(site: Site, snakefile: str) -> None:
-    (site.directory / "Snakefile").write_text(snakefile)
-
-
 def test_slurm_is_asked_for_what_the_rule_asks_for(site: Site) -> None:
-    write(site, ASKING)
+    site.write(ASKING)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as not_on_vms:
         done = site.run("--schlouder-instance-types", TYPES, TMPDIR=not_on_vms)
     assert done.returncode == 0, done.stdout
@@ -170,7 +156,7 @@ def test_slurm_is_asked_for_what_the_rule_asks_for(site: Site) -> None:
 
 
 def test_a_group_runs_side_by_side_and_comes_as_one_task(site: Site) -> None:
-    write(site, GROUP)
+    site.write(GROUP)
     done = site.run(
         *("--schlouder-instance-types", "m5.4xlarge", "--schlouder-record", "run.jsonl")
     )
@@ -189,7 +175,7 @@ def test_a_group_runs_side_by_side_and_comes_as_one_task(site: Site) -> None:
 
 
 def test_all_that_is_wrong_is_told_at_once_before_any_vm_starts(site: Site) -> None:
-    write(site, WRONG)
+    site.write(WRONG)
     before = len(site.instances())
     done = site.run()
     assert done.returncode == 1
@@ -225,7 +211,7 @@ def test_all_that_is_wrong_is_told_at_once_before_any_vm_starts(site: Site) -> N
     ],
 )
 def test_a_rule_that_no_vm_can_run_is_refused(site: Site, resources: str, message: str) -> None:
-    write(site, f"rule one:\n    output: 'a'\n    resources: {resources}\n    shell: 'touch a'\n")
+    site.write(f"rule one:\n    output: 'a'\n    resources: {resources}\n    shell: 'touch a'\n")
     before = len(site.instances())
     done = site.run("--schlouder-instance-types", TYPES)
     assert done.returncode == 1
@@ -235,8 +221,7 @@ def test_a_rule_that_no_vm_can_run_is_refused(site: Site, resources: str, messag
 
 
 def test_what_sbatch_refuses_is_the_error_of_the_job(site: Site) -> None:
-    write(
-        site,
+    site.write(
         "rule one:\n    output: 'a'\n    resources: reservation='nope'\n    shell: 'touch a'\n",
     )
     done = site.run()
@@ -246,7 +231,7 @@ def test_what_sbatch_refuses_is_the_error_of_the_job(site: Site) -> None:
 
 
 def test_names_of_every_kind_reach_the_job_as_they_are(site: Site) -> None:
-    write(site, NAMED)
+    site.write(NAMED)
     for name in (*NAMES, *(f"many{i}" for i in range(25))):
         path = site.directory / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,13 @@ class Site:
 
     @classmethod
     def make(cls, cloud: LocalCloud, directory: Path, snakefile: str = "") -> Site:
-        (directory / "Snakefile").write_text(snakefile)
         state = {"XDG_STATE_HOME": str(directory / "state")}
-        return cls(cloud, directory, {**os.environ, **cloud.environment(), **state})
+        made = cls(cloud, directory, {**os.environ, **cloud.environment(), **state})
+        made.write(snakefile)
+        return made
+
+    def write(self, snakefile: str) -> None:
+        (self.directory / "Snakefile").write_text(snakefile)
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a terminal would start it, even where the tests
