@@ -8,17 +8,15 @@ to nodes that are up; local cores run the commands without Slurm and without a S
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import logging
 import sys
 from dataclasses import dataclass
 
 from bench.site import PARTITION, ROOT, SLOTS, VMS
-from snakemake_executor_plugin_schlouder import ExecutorSettings
 from snakemake_executor_plugin_schlouder.model import SchlouderError
 from snakemake_executor_plugin_schlouder.slurm import Cluster
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+from snakemake_executor_plugin_schlouder.slurm.rpc import choose
 
 SLURM_PLUGIN_PYTHON = ROOT / "build" / "slurm-plugin" / "bin" / "python"
 
@@ -61,10 +59,6 @@ CLUSTER_GENERIC = Executor(
 LOCAL = Executor("local cores", sys.executable, ("--cores", str(SLOTS)))
 
 
-def has_setting(name: str) -> bool:
-    return name in {field.name for field in dataclasses.fields(ExecutorSettings)}
-
-
 def schlouder(name: str, *options: str, missing: str = "") -> Executor:
     common = ("--executor", "schlouder", "--jobs", "1000", "--schlouder-max-vms", str(VMS))
     return Executor(name, sys.executable, (*common, *options), missing)
@@ -72,23 +66,14 @@ def schlouder(name: str, *options: str, missing: str = "") -> Executor:
 
 def pyslurm_adapter(commands: SlurmCommands) -> Cluster:
     """The adapter over pyslurm; SchlouderError says why there is none. Needs a running slurmctld."""
-    if not has_setting("slurm_api"):
-        raise SchlouderError("this version has no --schlouder-slurm-api")
-    rpc = importlib.import_module("snakemake_executor_plugin_schlouder.slurm.rpc")
-    log = logging.getLogger("bench")
-    adapter: Cluster = rpc.choose("pyslurm", commands, commands.check(), log)
-    return adapter
+    return choose("pyslurm", commands, commands.check(), logging.getLogger("bench"))
 
 
-CLI_OPTIONS = ("--schlouder-slurm-api", "cli") if has_setting("slurm_api") else ()
+CLI_OPTIONS = ("--schlouder-slurm-api", "cli")
 OURS = schlouder("schlouder", *CLI_OPTIONS, "--schlouder-keep-logs")
 """Keeps the exit-code files, whose times tell when a job began and ended."""
 
-BUNDLED = schlouder(
-    "schlouder, bundled",
-    *(*CLI_OPTIONS, "--schlouder-bundle", "on"),
-    missing="" if has_setting("bundle") else "this version has no --schlouder-bundle",
-)
+BUNDLED = schlouder("schlouder, bundled", *CLI_OPTIONS, "--schlouder-bundle", "on")
 
 
 def with_pyslurm() -> Executor:

@@ -341,7 +341,7 @@ class Broker:
         if self._now - self._asked >= pause or self._machines.has(*_NODE_MOVING):
             return True
         return any(
-            task.recalled or self._witness(self._config.exit_file(task)) is not None
+            task.recalled or self._exit_of(task) is not None
             for task in self._submitted.values()
             if not self._bundles.holds(task)
         )
@@ -465,7 +465,7 @@ class Broker:
             self._dirty(task)
         elif status.phase == JobPhase.SUCCEEDED:
             task.ended = status.ended
-            self._judge(task, self._witness(self._config.exit_file(task)) or Exit(0))
+            self._judge(task, self._exit_of(task) or Exit(0))
         elif status.phase == JobPhase.FAILED and not task.recalled:
             task.ended = status.ended
             self._judge_failed(task, status)
@@ -500,14 +500,19 @@ class Broker:
     def _displaced(self, task: Task, why: str) -> None:
         """Its submission has ended for certain, and its VM is good: the task runs there again, unless its
         script was done by then."""
-        code = self._witness(self._config.exit_file(task))
-        if code is not None:
-            self._judge(task, code)
-        elif task.losses + 1 >= MAX_LOSSES or self._stopping:
-            self._finish(task, TaskState.FAILED, f"{why}, {_times(task.losses + 1)}")
+        left = self._exit_of(task)
+        if left is not None:
+            self._judge(task, left)
+        else:
+            self._once_more(self._vm_of(task), task, f"{why}, {_times(task.losses + 1)}")
+
+    def _once_more(self, vm: VM, task: Task, why: str) -> None:
+        """Runs `task` again, which was lost without its doing, unless that has happened too often."""
+        if task.losses + 1 >= MAX_LOSSES or self._stopping:
+            self._finish(task, TaskState.FAILED, why)
         else:
             task.losses += 1
-            self._again(self._vm_of(task), task)
+            self._again(vm, task)
 
     def _replace(self, task: Task, why: str) -> None:
         """A submission has ended without the task's doing. Where the machine is the cause, the task waits
@@ -536,7 +541,7 @@ class Broker:
 
     def _missing(self, key: str, task: Task) -> None:
         """Slurm does not know the submission. Unknown is neither success nor failure."""
-        left = self._witness(self._config.exit_file(task))
+        left = self._exit_of(task)
         if left is not None:
             task.ended = self._now
             self._judge(task, left)
@@ -565,6 +570,10 @@ class Broker:
         except ClusterUnavailable:
             return False
 
+    def _exit_of(self, task: Task) -> Exit | None:
+        """How the script of its last attempt ended, as far as that has left it in a file."""
+        return self._witness(self._config.exit_file(task))
+
     def _judge(self, task: Task, left: Exit) -> None:
         if left.code == 0:
             self._finish(task, TaskState.COMPLETE, "")
@@ -574,7 +583,7 @@ class Broker:
     def _judge_failed(self, task: Task, status: JobStatus) -> None:
         """Slurm says that the job failed. A script that left exit code 0 had done its work by then, unless
         memory ran out: that may have cost it a part of it."""
-        left = self._witness(self._config.exit_file(task))
+        left = self._exit_of(task)
         out_of_memory = status.state == "OUT_OF_MEMORY"
         if left is not None and (
             status.state == "FAILED" or (left.code == 0 and not out_of_memory)
@@ -687,16 +696,13 @@ class Broker:
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it: its own witness decides, else it runs again."""
-        left = self._witness(self._config.exit_file(task))
+        left = self._exit_of(task)
         if left is not None:
             task.ended = vm.ended
             self._judge(task, left)
-        elif task.losses + 1 >= MAX_LOSSES or self._stopping:
-            why = f"its machine was lost, {_times(task.losses + 1)} ({vm.reason})"
-            self._finish(task, TaskState.FAILED, why)
         else:
-            task.losses += 1
-            self._again(vm, task)
+            why = f"its machine was lost, {_times(task.losses + 1)} ({vm.reason})"
+            self._once_more(vm, task, why)
 
     def _finish_vms(self, view: ClusterView) -> None:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""

@@ -24,8 +24,6 @@ LENGTH = 60.0
 WORTH = 10.0
 """Seconds of work that are worth a start of Snakemake."""
 
-_ALIVE = (JobPhase.WAITING, JobPhase.RUNNING)
-
 
 def may_bundle(task: Task) -> bool:
     """Whether the user allows it, and the task is short against a start of Snakemake."""
@@ -108,15 +106,19 @@ class Bundles:
             if view.is_complete or key in jobs:
                 bundle.status = jobs.get(key)
             status, left = bundle.status, bundle.left()
+            phase = None if status is None else status.phase
             if left and status is not None:
                 jobs.pop(key, None)
                 jobs.update(self._statuses(bundle, status, left))
-            elif not left and (status is None or status.phase not in _ALIVE):
-                self._attempts.difference_update(attempt for attempt, _ in bundle.members)
-                del self._bundles[key]
-            elif not left and status is not None and status.phase == JobPhase.RUNNING:
+            elif not left and phase == JobPhase.RUNNING:
                 jobs.pop(key, None)
+            elif not left and phase != JobPhase.WAITING:
+                self._forget(key)
         return replace(view, jobs=jobs)
+
+    def _forget(self, key: str) -> None:
+        bundle = self._bundles.pop(key)
+        self._attempts.difference_update(attempt for attempt, _ in bundle.members)
 
     def holds(self, task: Task) -> bool:
         """Whether it was submitted together with others."""

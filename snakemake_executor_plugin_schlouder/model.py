@@ -315,25 +315,22 @@ class VM:
 
     def has_room(self, need: Need) -> bool:
         """Whether `need` can run beside what runs there now."""
-        cpus, memory, gpus = need.cpus, need.memory, need.gpus
+        return self._holds_beside(need.cpus, need.memory, need.gpus)
+
+    def takes_ahead(self, gpus: int = 0) -> bool:
+        """Whether a task may be handed over that waits for one that runs, so that Slurm has it at hand: not
+        where others wait there already, nor for GPUs, of which Slurm does not know."""
+        for task in self.active.values():
+            if task.is_behind:
+                return False
+        return self._holds_beside(0, 0, gpus)
+
+    def _holds_beside(self, cpus: int, memory: int, gpus: int) -> bool:
         for task in self.active.values():
             if not task.is_behind:
                 cpus += task.need.cpus
                 memory += task.need.memory
                 gpus += task.need.gpus
-        kind = self.type
-        return cpus <= kind.cpus and memory <= kind.node_memory and gpus <= kind.gpus
-
-    def takes_ahead(self, gpus: int = 0) -> bool:
-        """Whether a task may be handed over that waits for one that runs, so that Slurm has it at hand: not
-        where others wait there already, nor for GPUs, of which Slurm does not know."""
-        cpus, memory = 0, 0
-        for task in self.active.values():
-            if task.is_behind:
-                return False
-            cpus += task.need.cpus
-            memory += task.need.memory
-            gpus += task.need.gpus
         kind = self.type
         return cpus <= kind.cpus and memory <= kind.node_memory and gpus <= kind.gpus
 

@@ -12,14 +12,13 @@ import gc
 import json
 import os
 import select
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .script import BEGUN, DONE, PART, REVOKED, TIMED_OUT, BundledJob
+from .script import BEGUN, DONE, PART, REVOKED, TIMED_OUT, BundledJob, words_of
 
 _GRACE = 10.0
 """Seconds between asking a job to end and killing it."""
@@ -52,11 +51,7 @@ def snakemake_call(command: str) -> tuple[str, list[str]] | None:
     None for a command that only a shell understands."""
     if "$" in command or "`" in command:
         return None
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return None
-    directory = "."
+    words, directory = words_of(command), "."
     if words[:1] == ["cd"] and words[2:3] == ["&&"]:
         directory, words = words[1], words[3:]
     if words[1:3] != ["-m", "snakemake"] or {"&&", "||", "|", "&"} & set(words):

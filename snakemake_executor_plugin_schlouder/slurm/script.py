@@ -20,6 +20,10 @@ TIMED_OUT = 124
 PART, BEGUN, REVOKED, DONE = ".part", ".begun", ".revoked", ".done"
 """Endings of the files beside an exit-code file; the last one holds how many jobs of a bundle are over."""
 
+_FIND_CONFIGURATION = '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF'
+"""SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's commands
+must find the node's own configuration."""
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -46,8 +50,6 @@ def job_script(name: str, command: str, exit_file: str) -> str:
 
     A script that was revoked before it began does nothing: it was taken for lost and made again. One that
     Slurm runs once more (`scontrol requeue`) must not leave the exit code of its first run behind.
-    SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's
-    commands must find the node's own configuration.
     """
     title = " ".join(name.split())
     whole, part, begun, revoked = (
@@ -60,7 +62,7 @@ def job_script(name: str, command: str, exit_file: str) -> str:
             f": >{begun}",
             f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {VOID}; }}",
             f"[ ! -e {whole} ] || rm -f {whole}",
-            '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
+            _FIND_CONFIGURATION,
             "(",
             command,
             ")",
@@ -75,7 +77,7 @@ def job_script(name: str, command: str, exit_file: str) -> str:
 def bundle_script(jobs: Sequence[BundledJob]) -> str:
     """A script that runs the jobs one after the other (`runner.py`), with the Python that the first one's
     command names."""
-    words = shlex.split(jobs[0].command)
+    words = words_of(jobs[0].command)
     at = words.index("-m") - 1 if "-m" in words[1:] else -1
     python = words[at] if at >= 0 else sys.executable
     text = json.dumps([asdict(job) for job in jobs])
@@ -83,13 +85,21 @@ def bundle_script(jobs: Sequence[BundledJob]) -> str:
         [
             "#!/bin/sh",
             f"# {' '.join(jobs[0].name.split())} and {len(jobs) - 1} more",
-            '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF',
+            _FIND_CONFIGURATION,
             f"exec {shlex.quote(python)} -m snakemake_executor_plugin_schlouder.slurm.runner <<'JOBS'",
             text,
             "JOBS",
             "",
         ]
     )
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command, none where only a shell can tell them apart."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def revoke(exit_file: str) -> bool:
