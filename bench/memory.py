@@ -116,10 +116,7 @@ class _World:
         self._machines: list[Instance] = []
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
-        made = [
-            Instance(f"i-{r.node}", r.node, RUN, "running", r.type.name, "", r.created)
-            for r in requests
-        ]
+        made = [Instance(f"i-{r.node}", r.node, RUN, "running", r.type.name, "") for r in requests]
         self._machines += made
         return list(made)
 

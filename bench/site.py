@@ -81,10 +81,10 @@ def start_peer_nodes() -> None:
     image, subnet, profile = (os.environ[f"SNAKEMAKE_SCHLOUDER_{name}"] for name in names)
     settings = Ec2Settings("us-east-1", image, subnet, instance_profile=profile)
     join = Join(info.controller, info.munge_socket, "/schlouder/munge-key")
-    cloud = connect(settings, join, "bench", "peers")
+    cloud = connect(settings, join, "bench")
     (kind,) = cloud.instance_types([INSTANCE_TYPE])
     requests = [
-        LaunchRequest(node, client_token("peers", node, kind.name, 1), kind, time.time())
+        LaunchRequest("peers", node, client_token("peers", node, kind.name, 1), kind)
         for node in PEER_NODES
     ]
     for outcome in cloud.launch(requests):

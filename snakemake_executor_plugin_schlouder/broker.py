@@ -19,6 +19,7 @@ from typing import Protocol
 
 from . import job_files, order
 from .bundles import Bundles, take_bundle
+from .journal import Remains
 from .machines import Machines
 from .model import (
     BOOTING,
@@ -65,6 +66,12 @@ _LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
 _MOVING = (*BOOTING, VMState.TERMINATING)
 _NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
 """States in which the next step depends on what Slurm says of the node."""
+
+_CLAIMED = (
+    *("command", "name", "ends_run", "limit", "planned", "is_limit", "may_bundle", "options"),
+    *("strategy", "after", "level", "rank"),
+)
+"""What a task that goes on takes over from the one that stands for it in the new run."""
 
 _NODES_SELDOM = 5.0
 _ASK_OFTEN, _ASK_SELDOM = 2.0, 15.0
@@ -178,6 +185,9 @@ class Broker:
         self._lock = threading.RLock()
         self._now = clock()
         self._inbox: list[Task] = []
+        self._unclaimed: dict[str, Task] = {}
+        self._replaced: dict[str, Task] = {}
+        self._held: list[Task] = []
         self._planner = Planner(
             config.types,
             config.billing,
@@ -218,6 +228,52 @@ class Broker:
         """Announces tasks that may come, so that machines can be chosen and kept with them in view."""
         self._planner.expect(tasks)
 
+    def adopt(self, left: Remains) -> None:
+        """Goes on with what a killed run of this name has left; before the first tick."""
+        self._vm_count = left.vm_count
+        for vm in left.vms:
+            if vm.state == VMState.REQUESTED:
+                vm.state = VMState.PLANNED
+            self._machines.add(vm)
+        for task in left.tasks:
+            self._unclaimed[task.identity] = task
+            if task.state not in TASK_ENDED:
+                self._vm_of(task).active[task.key] = task
+                self._submitted[task.attempt_key] = task
+        self._bundles.adopt(self._submitted.values())
+        for vm in left.vms:
+            vm.idle_since = self._now if vm.is_unused else None
+            vm.recount(self._now)
+            self._planner.adopt(vm)
+            self._machines.note(vm)
+
+    @property
+    def has_unclaimed(self) -> bool:
+        """Whether something that a killed run left may be asked for again."""
+        return bool(self._unclaimed)
+
+    def claim(self, task: Task, changed: float, is_made: bool) -> Task | None:
+        """What a killed run left that makes the same results as `task`, which is then the one to wait for.
+        None: there is none, or it makes them in another way, or from what was `changed` (date) since; it is
+        then ended before `task` begins. `is_made`: the results are there."""
+        with self._lock:
+            live = self._unclaimed.pop(task.identity, None)
+            if live is None or live.state in (TaskState.FAILED, TaskState.CANCELLED):
+                return None
+            is_current = live.content == task.content and changed <= live.received
+            if live.state == TaskState.COMPLETE and not (is_current and is_made):
+                return None
+            if not is_current:
+                self._replaced[task.key] = live
+                return None
+            if live.state == TaskState.COMPLETE:
+                self._ended.append(live)
+            for name in _CLAIMED:
+                setattr(live, name, getattr(task, name))
+            live.is_wanted = True
+            self._planner.has_come(live)
+            return live
+
     def submit(self, tasks: Sequence[Task]) -> None:
         """Takes over these tasks. They are in the journal when this returns."""
         now = self._clock()
@@ -241,6 +297,7 @@ class Broker:
             if view is not None:
                 self._update_vms(view)
                 self._update_tasks(view)
+                self._end_replaced()
                 self._finish_vms(view)
             if self._stopping:
                 self._drop_unsubmitted()
@@ -258,7 +315,7 @@ class Broker:
     @property
     def is_busy(self) -> bool:
         """Whether anything is going on that the next tick should see soon."""
-        return bool(self._inbox or self._waiting or self._machines.alive)
+        return bool(self._inbox or self._waiting or self._held or self._machines.alive)
 
     def vms(self) -> list[VM]:
         """Every VM there was, in the order of their request."""
@@ -314,8 +371,19 @@ class Broker:
         count = len(self._inbox)
         for task in self._inbox[:count]:
             self._planner.has_come(task)
-            self._waiting.append(task)
+            (self._held if task.key in self._replaced else self._waiting).append(task)
         del self._inbox[:count]
+
+    def _end_replaced(self) -> None:
+        """Attempts of a killed run that make their results in another way than is wanted now; the tasks
+        that are to make them wait until nothing of the old attempt can write."""
+        for task in list(self._held):
+            live = self._replaced[task.key]
+            if live.state in TASK_ENDED:
+                self._held.remove(task)
+                self._waiting.append(task)
+            elif not live.recalled:
+                self._recall([live])
 
     def _observe_cluster(self) -> ClusterView | None:
         if not self._machines.unsettled:
@@ -361,17 +429,23 @@ class Broker:
         except CloudUnavailable as error:
             self._tell(f"EC2 does not answer, waiting for it: {error}", logging.WARNING)
             return
+        self._end_orphans(listed.values())
         for vm in self._machines:
             if vm.instance_id is not None and vm.state != VMState.GONE:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
-        self._end_orphans(listed.values())
 
     def _end_orphans(self, listed: Iterable[Instance]) -> None:
-        """Machines of this run that are no VM's: their launch was given up before its reply came."""
-        gone = {vm.name for vm in self._machines if vm.state == VMState.GONE}
-        orphans = [
-            instance.id for instance in listed if instance.is_alive and instance.node in gone
-        ]
+        """Machines of this run whose launch was never answered become their VM's, if that still waits for
+        one, or are ended."""
+        orphans = []
+        for instance in listed:
+            vm = self._machines.get(instance.node)
+            if vm is None or not instance.is_alive or vm.instance_id == instance.id:
+                continue
+            if vm.state in (VMState.PLANNED, VMState.REQUESTED):
+                self._take_outcome(vm, instance)
+            elif vm.instance_id is not None or vm.state == VMState.GONE:
+                orphans.append(instance.id)
         if orphans:
             self._try_cloud(lambda: self._cloud.terminate(orphans))
 
@@ -380,6 +454,8 @@ class Broker:
             self._count_absence(vm)
             return
         self._absent_vms.pop(vm.name, None)
+        if vm.meter is None:
+            vm.meter = instance.launched
         if instance.is_alive:
             return
         if vm.is_booting:
@@ -413,7 +489,8 @@ class Broker:
         if node is not None and node.accepts_jobs:
             vm.ready, vm.idle_since = now, now
             self._move(vm, VMState.READY)
-            self._boots.learn(now - vm.requested, vm.beside)
+            if vm.boot_time is not None:
+                self._boots.learn(vm.boot_time, vm.beside)
             self._boot_failures = 0
             self._note(vm, f"ready after {now - vm.requested:.0f} s")
         elif node is not None and (node.state.startswith("drain") or node.state == "inval"):
@@ -616,11 +693,15 @@ class Broker:
         if task.state not in TASK_ENDED:
             task.state, task.reason = state, reason
             self._stopping |= state == TaskState.FAILED and task.ends_run
-            self._ended.append(task)
+            if task.is_wanted:
+                self._ended.append(task)
             self._dirty(task)
 
     def _again(self, vm: VM, task: Task) -> None:
         """A task whose submission is void is planned anew: on its VM while that takes work, else anywhere."""
+        if not task.is_wanted:
+            self._finish(task, TaskState.CANCELLED, "it was not asked for again")
+            return
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
         vm.active.pop(task.key, None)
@@ -750,8 +831,9 @@ class Broker:
 
     def _drop_unsubmitted(self) -> None:
         self._take_inbox()
-        dropped = [*self._waiting, *self._planner.take_backlog()]
+        dropped = [*self._waiting, *self._held, *self._planner.take_backlog()]
         self._waiting.clear()
+        self._held.clear()
         for vm in self._machines:
             dropped += vm.queue
             vm.queue.clear()
@@ -804,7 +886,8 @@ class Broker:
             self._note(vm, f"requesting a {vm.type.name}")
         if not self._flush():
             return
-        requests = [LaunchRequest(vm.name, vm.token, vm.type, vm.requested) for vm in due]
+        run = self._config.run
+        requests = [LaunchRequest(run, vm.name, vm.token, vm.type) for vm in due]
         for vm, outcome in zip(due, self._cloud.launch(requests), strict=True):
             self._take_outcome(vm, outcome)
         self._flush()
@@ -858,17 +941,19 @@ class Broker:
         for vm in self._machines.feedable():
             while vm.state == VMState.READY and vm.queue and self._takes_one_more(vm):
                 tasks = take_bundle(vm)
-                for place, task in enumerate(tasks):
-                    self._hand_over(vm, task, is_behind=place > 0)
+                for turn, task in enumerate(tasks):
+                    self._hand_over(vm, task, turn)
+                    task.submission = tasks[0].attempt_key
                 if len(tasks) > 1:
                     self._bundles.add(tasks)
                 due.append((vm, tasks))
             self._machines.fed(vm)
         return due
 
-    def _hand_over(self, vm: VM, task: Task, is_behind: bool) -> None:
+    def _hand_over(self, vm: VM, task: Task, turn: int) -> None:
         task.attempt += 1
-        task.state, task.recalled, task.is_behind = TaskState.SUBMITTED, False, is_behind
+        task.state, task.recalled = TaskState.SUBMITTED, False
+        task.turn, task.is_behind = turn, turn > 0
         vm.active[task.key] = task
         vm.idle_since = None
         self._machines.note(vm)

@@ -7,7 +7,7 @@ had been said of each of its tasks, with the exit-code files that the tasks leav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .model import VM, Task, TaskState
@@ -94,8 +94,20 @@ class Bundles:
 
     def add(self, tasks: Sequence[Task]) -> None:
         """These are submitted together, under the key of the first."""
-        self._bundles[tasks[0].attempt_key] = _Bundle([(task.attempt_key, task) for task in tasks])
+        self._keep(tasks[0].attempt_key, tasks)
+
+    def _keep(self, key: str, tasks: Sequence[Task]) -> None:
+        self._bundles[key] = _Bundle([(task.attempt_key, task) for task in tasks])
         self._attempts.update(task.attempt_key for task in tasks)
+
+    def adopt(self, tasks: Iterable[Task]) -> None:
+        """These were submitted by another process, those of one Slurm job in the order of their turns."""
+        jobs: dict[str, list[Task]] = {}
+        for task in tasks:
+            jobs.setdefault(task.submission, []).append(task)
+        for key, members in jobs.items():
+            if members[-1].turn > 0:
+                self._keep(key, members)
 
     def spread(self, view: ClusterView) -> ClusterView:
         """The view with a status of its own for every task of a bundle."""

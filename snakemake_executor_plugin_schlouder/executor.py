@@ -33,13 +33,14 @@ from .broker import Broker, BrokerConfig
 from .dag import Dag, dependencies, members_of
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
-from .journal import Journal, RunRecord, journal_path
-from .model import VM, InstanceType, SchlouderError, Task, TaskState
+from .journal import Journal, Remains, RunRecord, birth_of, journal_path
+from .model import VM, InstanceType, SchlouderError, Task, TaskState, VMState
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Cloud, Ec2Settings, Join, connect
+from .provision import Cloud, Ec2Cloud, Ec2Settings, Join, connect
 from .quoting import quoted_rules, shell_command
+from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
@@ -100,16 +101,22 @@ class Executor(RemoteExecutor):
 
     def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
         broker = self._opened(jobs)
+        keys: list[tuple[JobExecutorInterface, str]] = []
         tasks = []
         for job in jobs:
             self.run_job_pre(job)
             try:
-                tasks.append((job, self._task(job)))
+                task = self._task(job)
             except SchlouderError as error:
                 self.report_job_error(SubmittedJobInfo(job), msg=f"{error}\n")
-        broker.submit([task for _, task in tasks])
-        for job, task in tasks:
-            self.report_job_submission(SubmittedJobInfo(job, external_jobid=task.key))
+                continue
+            live = self._live(job, task)
+            keys.append((job, task.key if live is None else live.key))
+            if live is None:
+                tasks.append(task)
+        broker.submit(tasks)
+        for job, key in keys:
+            self.report_job_submission(SubmittedJobInfo(job, external_jobid=key))
         self._wake.set()
 
     def run_job(self, job: JobExecutorInterface) -> None:
@@ -203,10 +210,11 @@ class Executor(RemoteExecutor):
         info = commands.check()
         cluster = choose(config.slurm_api, commands, info, self.logger)
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
-        cloud = connect(_ec2_settings(config), join, _owner(), self._run)
+        cloud = connect(_ec2_settings(config), join, _owner())
         types = cloud.instance_types(config.instance_types)
         _check_sizes(asked, types)
-        self._journal = self._open_journal(cloud.region, cloud.endpoint)
+        self._journal = self._open_journal()
+        left = self._take_over(self._journal, cloud)
         broker_config = BrokerConfig(
             run=self._run,
             workdir=self._workdir,
@@ -225,25 +233,28 @@ class Executor(RemoteExecutor):
         self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint
         self._place = cloud.region if aws else f"{cloud.region}, not AWS"
-        self._broker = self._make_broker(broker_config, cloud, cluster, self._journal, asked)
-        self._broker.expect(self._announcements(asked))
+        makes = self._recorded(asked) if config.record and left is None else Broker
+        broker = self._make_broker(makes, broker_config, cloud, cluster, self._journal)
+        broker.expect(self._announcements(asked))
+        if left is not None:
+            broker.adopt(left)
+        self._broker = broker
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
 
     def _make_broker(
         self,
+        makes: Callable[..., Broker],
         config: BrokerConfig,
         cloud: Cloud,
         cluster: Cluster,
         journal: Journal,
-        asked: Mapping[Any, RuleSettings],
     ) -> Broker:
         history = self._open_history()
         self._history, self._walltimes = history, history.walltimes()
         boots = history.boots(config.types[0].name, self._place)
-        make = self._recorded(asked) if self._config.record else Broker
-        return make(
+        return makes(
             config,
             cloud,
             cluster,
@@ -266,23 +277,57 @@ class Executor(RemoteExecutor):
 
         return make
 
-    def _open_journal(self, region: str, endpoint: str) -> Journal:
+    def _open_journal(self) -> Journal:
         path = journal_path(self._workdir)
         journal = Journal(path)
         self._tell_set_aside("journal", path, journal.set_aside)
+        return journal
+
+    def _take_over(self, journal: Journal, cloud: Ec2Cloud) -> Remains | None:
+        """Goes on with the run of this directory that was killed and has left something, or else begins a
+        new one."""
+        for killed in journal.killed_runs(socket.gethostname()):
+            same_cloud = (killed.region, killed.endpoint) == (cloud.region, cloud.endpoint)
+            if same_cloud and journal.take_over(killed, os.getpid()):
+                names = sorted({vm.instance_type for vm in journal.vms(killed.run)})
+                types = {kind.name: kind for kind in cloud.instance_types(names)}
+                left = journal.remains(killed.run, types)
+                self._tell_taken_over(killed.run, left)
+                self._run, self._task_count = killed.run, left.task_count
+                return left
         journal.begin_run(
             RunRecord(
                 self._run,
                 str(self._workdir),
                 socket.gethostname(),
                 os.getpid(),
-                region,
-                endpoint,
+                cloud.region,
+                cloud.endpoint,
                 self._config.strategy,
                 time.time(),
+                birth=birth_of(os.getpid()),
             )
         )
-        return journal
+        return None
+
+    def _tell_taken_over(self, run: str, left: Remains) -> None:
+        vms = sum(vm.state != VMState.GONE for vm in left.vms)
+        live = sum(task.state != TaskState.COMPLETE for task in left.tasks)
+        self.logger.info(
+            f"schlouder: run {run} was killed; this one goes on with its {vms} VMs, and waits for the "
+            f"{live} jobs that Slurm had of it instead of submitting them again."
+        )
+        if self._config.record:
+            self.logger.warning("--schlouder-record: nothing is recorded of a run that goes on.")
+
+    def _live(self, job: JobExecutorInterface, task: Task) -> Task | None:
+        """What a killed run has left of this job. What is complete counts unless the user wants it anew."""
+        broker = self._broker
+        if broker is None or not broker.has_unclaimed:
+            return None
+        settings = getattr(self.workflow, "dag_settings", None)
+        forced = any(getattr(settings, name, False) for name in ("forceall", "forcerun"))
+        return broker.claim(task, changed(job), is_made(job) and not forced)
 
     def _open_history(self) -> History:
         """What earlier runs took; without it predictions begin anew, and the run goes on."""
@@ -432,6 +477,8 @@ class Executor(RemoteExecutor):
             is_limit=settings.planned is None,
             options=settings.options,
             may_bundle=settings.bundle and not job.is_group(),
+            identity=identity_of(job),
+            content=content_of(job),
         )
         self._places.note(job, task)
         return task

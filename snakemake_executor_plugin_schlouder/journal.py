@@ -11,21 +11,29 @@ import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import store
-from .model import VM, SchlouderError, Task
+from .model import VM, InstanceType, Need, SchlouderError, Task, TaskState, VMState
 
-VERSION = 1
+VERSION = 2
+
+_OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
+_VM = "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason"
+_TASK = (
+    "key, jobid, rule, name, strategy, cpus, memory, gpus, runtime_limit, planned, state, received, "
+    "started, ended, vm, attempt, slurm_id, submission, turn, identity, content"
+)
 
 _SCHEMA = """
 CREATE TABLE runs (
     run TEXT PRIMARY KEY, workdir TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
     region TEXT NOT NULL, endpoint TEXT NOT NULL, strategy TEXT NOT NULL,
-    started REAL NOT NULL, ended REAL
+    started REAL NOT NULL, ended REAL, birth TEXT NOT NULL
 ) STRICT;
 CREATE TABLE vms (
     name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
@@ -36,7 +44,9 @@ CREATE TABLE tasks (
     key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
     name TEXT NOT NULL, strategy TEXT NOT NULL, cpus INTEGER NOT NULL, memory INTEGER NOT NULL,
     runtime_limit REAL, planned REAL, state TEXT NOT NULL, received REAL NOT NULL, started REAL,
-    ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL
+    ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL,
+    gpus INTEGER NOT NULL, submission TEXT NOT NULL, turn INTEGER NOT NULL, identity TEXT NOT NULL,
+    content TEXT NOT NULL
 ) STRICT;
 CREATE TABLE events (
     run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
@@ -48,7 +58,8 @@ CREATE INDEX tasks_of_run ON tasks (run);
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One `snakemake --executor schlouder`. Times are seconds since the epoch."""
+    """One `snakemake --executor schlouder`. Times are seconds since the epoch; `birth` tells its process
+    from a later one with the same number."""
 
     run: str
     workdir: str
@@ -59,6 +70,7 @@ class RunRecord:
     strategy: str
     started: float
     ended: float | None = None
+    birth: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,18 @@ class TaskRecord:
     ended: float | None
     vm: str | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What a killed run has left: all its VMs, in the order of their request; the tasks that are complete
+    and then those that Slurm had, those of one Slurm job in the order of their turns; and the highest number
+    of a VM and of a task."""
+
+    vms: list[VM]
+    tasks: list[Task]
+    vm_count: int
+    task_count: int
 
 
 def journal_path(workdir: Path) -> Path:
@@ -134,9 +158,10 @@ class Journal:
             record.endpoint,
             record.strategy,
             record.started,
+            record.birth,
         )
         with self._transaction() as db:
-            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?)", row)
 
     def end_run(self, run: str, now: float) -> None:
         with self._transaction() as db:
@@ -160,7 +185,7 @@ class Journal:
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
-                "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 22})",
                 [_task_row(run, task) for task in tasks],
             )
 
@@ -176,8 +201,59 @@ class Journal:
         return {
             record.run
             for record in self.runs()
-            if record.ended is None and (record.host != host or _is_there(record.pid))
+            if record.ended is None and (record.host != host or _is_there(record))
         }
+
+    def killed_runs(self, host: str) -> list[RunRecord]:
+        """The runs that have not ended, whose process, on this host, is gone, and which may have left VMs or
+        submitted tasks; the newest first."""
+        with self._transaction() as db:
+            left = db.execute(
+                "SELECT run FROM vms WHERE state != ? UNION SELECT run FROM tasks WHERE state IN (?, ?)",
+                (VMState.GONE, TaskState.SUBMITTED, TaskState.RUNNING),
+            ).fetchall()
+        return [
+            record
+            for record in reversed(self.runs())
+            if record.ended is None
+            and record.host == host
+            and (record.run,) in left
+            and not _is_there(record)
+        ]
+
+    def take_over(self, killed: RunRecord, pid: int) -> bool:
+        """The process `pid` goes on with a killed run. False: another one was faster."""
+        with self._transaction() as db:
+            changed = db.execute(
+                "UPDATE runs SET pid = ?, birth = ? WHERE run = ? AND pid = ? AND birth = ?",
+                (pid, birth_of(pid), killed.run, killed.pid, killed.birth),
+            )
+            return changed.rowcount == 1
+
+    def remains(self, run: str, types: Mapping[str, InstanceType]) -> Remains:
+        """What a killed run has left. `types`: all that its VMs are of, by name."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE tasks SET state = ?, reason = ? WHERE run = ? AND state IN (?, ?)",
+                (
+                    *(TaskState.CANCELLED, "the run was killed before Slurm had it", run),
+                    *(TaskState.PENDING, TaskState.SCHEDULED),
+                ),
+            )
+            vms = db.execute(f"SELECT {_VM} FROM vms WHERE run = ?", (run,)).fetchall()
+            tasks = db.execute(
+                f"SELECT {_TASK} FROM tasks WHERE run = ? AND state IN (?, ?, ?) "
+                "ORDER BY state != ?, turn, received",
+                (run, *_OF_USE, TaskState.COMPLETE),
+            ).fetchall()
+            keys = db.execute("SELECT key FROM tasks WHERE run = ?", (run,)).fetchall()
+        made = sorted((_vm_of(row, types) for row in vms), key=lambda vm: _number(vm.name))
+        return Remains(
+            made,
+            [_task_of(row) for row in tasks],
+            max((_number(vm.name) for vm in made), default=0),
+            max((_number(key) for (key,) in keys), default=0),
+        )
 
     def vms(self, run: str) -> list[VMRecord]:
         """The run's VMs in the order of their request."""
@@ -222,14 +298,79 @@ class _ReadOnlyJournal(Journal):
         return db
 
 
-def _is_there(pid: int) -> bool:
+def _is_there(record: RunRecord) -> bool:
+    """Whether the run's process lives; where the system does not tell its birth, its number must do."""
+    if record.birth:
+        return birth_of(record.pid) == record.birth
     try:
-        os.kill(pid, 0)
+        os.kill(record.pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
     return True
+
+
+def birth_of(pid: int) -> str:
+    """The boot of the machine and the tick at which the process began: no clock that is set changes it.
+    Empty: there is none, or it is dead and only waits for its parent, or the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{boot} {fields[19]}"
+
+
+def _number(name: str) -> int:
+    """Of the VM or the task in its run."""
+    return int(name.rpartition("-")[2])
+
+
+def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
+    name, strategy, kind, token, state, instance_id, requested, ready, ended, reason = row
+    return VM(
+        name,
+        strategy,
+        types[kind],
+        token,
+        requested,
+        state=VMState(state),
+        instance_id=instance_id,
+        ready=ready,
+        ended=ended,
+        reason=reason,
+        is_adopted=True,
+    )
+
+
+def _task_of(row: tuple[Any, ...]) -> Task:
+    key, jobid, rule, name, strategy, cpus, memory, gpus, *rest = row
+    limit, planned, state, received, started, ended, vm, attempt, slurm_id, *more = rest
+    submission, turn, identity, content = more
+    return Task(
+        key,
+        name,
+        rule,
+        jobid,
+        strategy,
+        Need(cpus, memory, gpus),
+        command="",
+        limit=limit,
+        planned=planned,
+        state=TaskState(state),
+        received=received,
+        started=started,
+        ended=ended,
+        vm=vm,
+        attempt=attempt,
+        slurm_id=slurm_id,
+        submission=submission,
+        turn=turn,
+        identity=identity,
+        content=content,
+        is_wanted=False,
+    )
 
 
 def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
@@ -268,4 +409,9 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         task.attempt,
         task.slurm_id,
         task.reason,
+        task.need.gpus,
+        task.submission,
+        task.turn,
+        task.identity,
+        task.content,
     )

@@ -38,7 +38,7 @@ class Machines:
 
     def add(self, vm: VM) -> None:
         self._all[vm.name] = vm
-        self.alive += 1
+        self.alive += vm.state != VMState.GONE
         self._in[vm.state][vm.name] = vm
         self.note(vm)
 

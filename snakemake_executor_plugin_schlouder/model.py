@@ -206,6 +206,9 @@ class Task:
     `recalled`: we cancelled the submission and will make another. `started` and `ended` are Slurm's
     times of the last attempt. The failure of a task with `ends_run` ends the run. `after` are the tasks
     it waited for, `level` and `rank` (s) its place in the workflow (`order.Place`), as far as known.
+    `submission` names the Slurm job of its last attempt, in which it has its `turn`. `identity` tells
+    which results it makes, `content` how (`reattach.py`); one that a killed run left is not `is_wanted`
+    until it is handed over again.
     """
 
     key: str
@@ -236,6 +239,11 @@ class Task:
     after: tuple[str, ...] = ()
     level: int = 0
     rank: float | None = None
+    submission: str = ""
+    turn: int = 0
+    identity: str = ""
+    content: str = ""
+    is_wanted: bool = True
 
     @property
     def attempt_key(self) -> str:
@@ -262,7 +270,8 @@ class VM:
     `queue` holds what is planned for it, `active` what Slurm was given (by task key). `free_at` is the
     date at which all of it should be done, `unstarted` the seconds of it that have not begun. `ending`
     is set once the cloud itself says that the machine is on its way out, from when it costs nothing
-    more; `node_deleted` once Slurm has no record of it any more.
+    more; `node_deleted` once Slurm has no record of it any more. `is_adopted`: another process asked for
+    it, and was killed.
     """
 
     name: str
@@ -287,6 +296,7 @@ class VM:
     active: dict[str, Task] = field(default_factory=dict)
     free_at: float = 0.0
     unstarted: float = 0.0
+    is_adopted: bool = False
 
     def __post_init__(self) -> None:
         self.free_at = self.requested + self.boot_planned
@@ -311,7 +321,8 @@ class VM:
 
     @property
     def boot_time(self) -> float | None:
-        return None if self.ready is None else self.ready - self.requested
+        """Seconds it took from its request, if that was watched."""
+        return None if self.ready is None or self.is_adopted else self.ready - self.requested
 
     def has_room(self, need: Need) -> bool:
         """Whether `need` can run beside what runs there now."""

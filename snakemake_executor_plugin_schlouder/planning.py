@@ -61,6 +61,7 @@ class Planner:
         self._pools: dict[tuple[str, str], Pool] = {}
         self._pool_of: dict[str, Pool] = {}
         self._booting: set[str] = set()
+        self._adopted: dict[str, VM] = {}
         self._left = 0
         self._spent = 0.0
 
@@ -79,6 +80,20 @@ class Planner:
         """A task was handed over for the first time."""
         self._future_of(task.strategy).has_come(task)
 
+    def adopt(self, vm: VM) -> None:
+        """A VM that another process began: it is used before another of its pool is started."""
+        if not vm.is_open:
+            self._spend(vm, vm.ended or vm.requested)
+            return
+        pool = self._pool_of_kind(vm.strategy, vm.type)
+        self._pool_of[vm.name] = pool
+        if vm.is_unused:
+            self._adopted[vm.name] = vm
+        if vm.is_booting:
+            self._booting.add(vm.name)
+        pool.fleet.add(vm)
+        self.changed(vm)
+
     def changed(self, vm: VM) -> None:
         """What `vm` does, or is to do, has changed."""
         pool = self._pool_of.get(vm.name)
@@ -92,14 +107,18 @@ class Planner:
 
     def closed(self, vm: VM, now: float) -> None:
         """`vm` takes no more tasks."""
+        self._adopted.pop(vm.name, None)
         pool = self._pool_of.pop(vm.name, None)
         if pool is not None:
             pool.fleet.remove(vm)
-            self._spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
+            self._spend(vm, now)
             pool.touched.pop(vm.name, None)
             pool.lost += bool(vm.reason)
             pool.is_stale = True
         self._booting.discard(vm.name)
+
+    def _spend(self, vm: VM, now: float) -> None:
+        self._spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
 
     def take_backlog(self) -> list[Task]:
         """Gives out every task that has no VM yet, for good."""
@@ -132,6 +151,8 @@ class Planner:
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
         pool = self._pool_of.get(vm.name)
+        if vm.name in self._adopted and any(self._futures.values()):
+            return True
         return not vm.is_unused or (pool is not None and len(pool.backlog) > 0)
 
     def may_keep(self, vm: VM) -> bool:
@@ -215,6 +236,7 @@ class Planner:
             plan.broken = f"strategy {task.strategy!r} failed: {error!r}"
             plan.failed.append((task, plan.broken))
             return
+        vm = vm or self._take_adopted(pool)
         if vm is None and round_.room > 0:
             vm = self._start(pool, round_)
         vm = vm or pool.fleet.idle_first()
@@ -224,6 +246,13 @@ class Planner:
             plan.failed.append((task, f"no VM can be started: {round_.refusal}"))
         else:
             plan.left.append(task)
+
+    def _take_adopted(self, pool: Pool) -> VM | None:
+        """One that was begun before, and has nothing to do."""
+        for name, vm in self._adopted.items():
+            if self._pool_of[name] is pool and vm.is_unused:
+                return self._adopted.pop(name)
+        return None
 
     def _ask(self, task: Task, pool: Pool) -> VM | None:
         chosen = pool.strategy.choose(task, pool.fleet)
@@ -333,14 +362,15 @@ class Planner:
 
     def _pool_for(self, task: Task) -> Pool | None:
         kind = self._type_for(task)
-        if kind is None:
-            return None
-        key = (task.strategy, kind.name)
+        return None if kind is None else self._pool_of_kind(task.strategy, kind)
+
+    def _pool_of_kind(self, name: str, kind: InstanceType) -> Pool:
+        key = (name, kind.name)
         if key not in self._pools:
             fleet = Fleet(self._billing)
             backlog = Backlog(self._walltimes)
-            strategy = strategies.make(task.strategy)
-            future = self._future_of(task.strategy)
+            strategy = strategies.make(name)
+            future = self._future_of(name)
             self._pools[key] = Pool(
                 strategy,
                 kind,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 TAG_OWNER = "schlouder:owner"
 TAG_RUN = "schlouder:run"
 TAG_NODE = "schlouder:node"
-TAG_CREATED = "schlouder:created"
 
 ALIVE = frozenset({"pending", "running", "stopping", "stopped"})
 """Instance states in which a machine costs money or may do so again."""
@@ -59,17 +58,19 @@ class LaunchRefused(Exception):
 
 
 class TokenSpent(Exception):
-    """The client token belongs to an instance that has ended (IdempotentInstanceTerminated)."""
+    """The client token belongs to an instance that has ended (IdempotentInstanceTerminated), or to a
+    launch with other parameters, as with settings changed since (IdempotentParameterMismatch)."""
 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """One machine to start. `token` makes the launch idempotent; `node` becomes the Slurm node's name."""
+    """One machine to start for a run. `token` makes the launch idempotent, as long as it is asked for with
+    the same values (R2); `node` becomes the Slurm node's name."""
 
+    run: str
     node: str
     token: str
     type: InstanceType
-    created: float
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,6 @@ class Ec2Cloud:
         launcher: EC2Client,
         settings: Ec2Settings,
         owner: str,
-        run: str,
         user_data: Callable[[str, InstanceType], str],
     ) -> None:
         """`launcher` must not retry by itself: capacity errors come as HTTP 500, which the SDK would
@@ -182,7 +182,6 @@ class Ec2Cloud:
         self._launcher = launcher
         self._settings = settings
         self._owner = owner
-        self._run = run
         self._user_data = user_data
 
     @property
@@ -271,9 +270,8 @@ class Ec2Cloud:
         tags = {
             "Name": request.node,
             TAG_OWNER: self._owner,
-            TAG_RUN: self._run,
+            TAG_RUN: request.run,
             TAG_NODE: request.node,
-            TAG_CREATED: f"{request.created:.0f}",
         }
         pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
         return [{"ResourceType": kind, "Tags": pairs} for kind in ("instance", "volume")]
@@ -294,7 +292,7 @@ class Ec2Cloud:
             raise CloudUnavailable(str(error)) from error
 
 
-def connect(settings: Ec2Settings, join: Join, owner: str, run: str) -> Ec2Cloud:
+def connect(settings: Ec2Settings, join: Join, owner: str) -> Ec2Cloud:
     """An Ec2Cloud that can be expected to work; SchlouderError names the setting that is wrong."""
     from botocore.config import Config
 
@@ -308,7 +306,7 @@ def connect(settings: Ec2Settings, join: Join, owner: str, run: str) -> Ec2Cloud
     def script(node: str, instance_type: InstanceType) -> str:
         return user_data(join, session.region_name, endpoint, node, instance_type)
 
-    return Ec2Cloud(ec2, launcher, settings, owner, run, script)
+    return Ec2Cloud(ec2, launcher, settings, owner, script)
 
 
 def _session(region: str) -> boto3.Session:
@@ -407,7 +405,7 @@ def _message(error: Any) -> str:
 
 def _launch_error(error: Mapping[str, Any]) -> LaunchOutcome:
     code, message = error.get("Code", ""), error.get("Message", "")
-    if code == "IdempotentInstanceTerminated":
+    if code in ("IdempotentInstanceTerminated", "IdempotentParameterMismatch"):
         return TokenSpent(message)
     if code in _RETRIED:
         return CloudUnavailable(f"{code}: {message}")

@@ -36,7 +36,13 @@ class Rig:
         self.config = replace(config, **changes)  # type: ignore[arg-type]
         self.config.files.mkdir(parents=True)
         self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
-        self.broker = Broker(
+        self.broker = self.make_broker()
+        self.ended: dict[str, Task] = {}
+        self.most_alive = 0
+        self.made = 0
+
+    def make_broker(self) -> Broker:
+        return Broker(
             self.config,
             self.cloud,
             self.slurm,
@@ -46,9 +52,6 @@ class Rig:
             sleep=self.world.sleep,
             revoke=self._revoke,
         )
-        self.ended: dict[str, Task] = {}
-        self.most_alive = 0
-        self.made = 0
 
     def _revoke(self, exit_file: str) -> bool:
         """As the marker files do for a real script; `3-rule.1.exit` is that of r1-3.1."""
@@ -61,21 +64,24 @@ class Rig:
         self, count: int = 1, strategy: str = "one-vm-per-job", **values: object
     ) -> list[Task]:
         seconds, code = values.pop("seconds", 20), values.pop("code", 0)
-        tasks = []
-        for _ in range(count):
-            self.made += 1
-            task = Task(
-                key=f"r1-{self.made}",
-                name=f"task{self.made}",
-                rule="rule",
-                jobid=str(self.made),
-                strategy=strategy,
-                need=Need(1, 1000),
-                command=f"run {seconds} {code}",
-            )
-            tasks.append(replace(task, **values))  # type: ignore[arg-type]
+        values |= {"strategy": strategy, "command": f"run {seconds} {code}"}
+        tasks = [self.new_task(**values) for _ in range(count)]
         self.broker.submit(tasks)
         return tasks
+
+    def new_task(self, **values: object) -> Task:
+        """One that is not handed over yet."""
+        self.made += 1
+        task = Task(
+            key=f"r1-{self.made}",
+            name=f"task{self.made}",
+            rule="rule",
+            jobid=str(self.made),
+            strategy="one-vm-per-job",
+            need=Need(1, 1000),
+            command="run 20 0",
+        )
+        return replace(task, **values)  # type: ignore[arg-type]
 
     def run(self, seconds: float, step: float = 1.0) -> None:
         end = self.world.now + seconds

@@ -1,0 +1,88 @@
+"""What makes a job that Snakemake hands over the same as one that was handed over before it was killed.
+
+Snakemake's own memory cannot tell: `dag.incomplete_external_jobid` answers None with
+`--rerun-incomplete`, without which it refuses to go on where outputs were begun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .dag import members_of
+
+_PLAIN = (str, bytes, int, float, bool, type(None), list, tuple, dict, set)
+"""Types of parameters whose text is the same in every process; others are left out, as by Snakemake."""
+
+
+def identity_of(job: Any) -> str:
+    """Digest of rule, wildcards and outputs: what the job makes."""
+    return _digest(
+        (member.name, sorted(_wildcards(member).items()), _names(member.output))
+        for member in members_of(job)
+    )
+
+
+def content_of(job: Any) -> str:
+    """Digest of inputs, parameters and code: how it makes that. A script counts by its date (`changed`)."""
+    return _digest(
+        (
+            _names(member.input),
+            [repr(value) for value in _parameters(member) if isinstance(value, _PLAIN)],
+            [str(getattr(member.rule, part, None)) for part in _CODE],
+        )
+        for member in members_of(job)
+    )
+
+
+_FILES = ("script", "notebook", "conda_env")
+_CODE = ("shellcmd", "run_func_src", "wrapper", "cwl", "container_img", *_FILES)
+
+
+def changed(job: Any) -> float:
+    """When the newest input, script or environment file was written (s since the epoch)."""
+    return max((_date(file) for member in members_of(job) for file in _sources(member)), default=0)
+
+
+def is_made(job: Any) -> bool:
+    """Whether all outputs are there."""
+    return all(
+        os.path.lexists(file) for member in members_of(job) for file in _names(member.output)
+    )
+
+
+def _names(files: Any) -> list[str]:
+    return [str(file) for file in files or ()]
+
+
+def _wildcards(member: Any) -> dict[str, str]:
+    return getattr(member, "wildcards_dict", None) or {}
+
+
+def _parameters(member: Any) -> Iterable[Any]:
+    """Those the user wrote, without what Snakemake derives of resources and threads."""
+    found = getattr(member, "non_derived_params", None)
+    return (getattr(member, "params", None) or ()) if found is None else found
+
+
+def _sources(member: Any) -> list[str]:
+    rule = member.rule
+    base = getattr(rule, "basedir", None)
+    named = [getattr(rule, part, None) for part in _FILES]
+    local = [str(base.join(file)) for file in named if base is not None and isinstance(file, str)]
+    return [*_names(member.input), *local]
+
+
+def _date(file: str) -> float:
+    """0 where there is no such file, as with one in a storage."""
+    try:
+        return Path(file).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _digest(parts: Iterable[object]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode(errors="surrogateescape")).hexdigest()[:32]

@@ -1,0 +1,320 @@
+"""A run that is killed at any moment is gone on with: no task runs twice, no VM is asked for twice."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import BIG, SMALL, Rig
+
+from snakemake_executor_plugin_schlouder import reattach
+from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, birth_of
+from snakemake_executor_plugin_schlouder.model import Task, TaskState, VMState
+from snakemake_executor_plugin_schlouder.pool import Announcement
+
+TYPES = {kind.name: kind for kind in (SMALL, BIG)}
+EFFECTS = (
+    *(("cloud", name) for name in ("launch", "terminate")),
+    *(("slurm", name) for name in ("submit", "drain", "delete", "cancel")),
+    ("journal", "write"),
+)
+
+
+class Killed(BaseException):
+    """SIGKILL: nothing catches it."""
+
+
+def killed_at(rig: Rig, moment: int) -> bool:
+    """Runs `rig` until the process is killed before (even) or after (odd) its so manieth effect. False:
+    the run was over by then."""
+    counter = itertools.count()
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            if next(counter) == moment:
+                raise Killed
+            result = call(*arguments, **more)
+            if next(counter) == moment:
+                raise Killed
+            return result
+
+        return wrapper
+
+    real = [(getattr(rig, port), name) for port, name in EFFECTS]
+    for port, name in real:
+        setattr(port, name, guarded(getattr(port, name)))
+    try:
+        while rig.world.now < 1000 + 300:
+            rig.tick()
+            rig.world.pass_time(1)
+    except Killed:
+        return True
+    finally:
+        for port, name in real:
+            delattr(port, name)
+    return False
+
+
+def restart(rig: Rig, ahead: Sequence[Task] = ()) -> None:
+    """Another process goes on with the run, as the executor does, and has these tasks still to come."""
+    left = rig.journal.remains("r1", TYPES)
+    rig.broker = rig.make_broker()
+    rig.broker.expect([Announcement(t.strategy, t.rule, t.need, t.planned) for t in ahead])
+    rig.broker.adopt(left)
+    rig.made = left.task_count
+
+
+def hand_over_again(rig: Rig, tasks: Sequence[Task]) -> dict[str, str]:
+    """Of every task the key under which it is waited for."""
+    keys = {}
+    for task in tasks:
+        again = rig.new_task(identity=task.identity, command=task.command, strategy=task.strategy)
+        live = rig.broker.claim(again, changed=0.0, is_made=True)
+        if live is None:
+            rig.broker.submit([again])
+        keys[task.identity] = again.key if live is None else live.key
+    return keys
+
+
+def runs_of(rig: Rig, identity: str, commands: dict[str, str]) -> int:
+    """How often the script of a task began."""
+    jobs = rig.world.jobs.values()
+    return sum(commands[identity] in job.request.script and job.started is not None for job in jobs)
+
+
+def in_journal(rig: Rig, task: Task) -> str:
+    return {record.key: record.state for record in rig.journal.tasks("r1")}[task.key]
+
+
+@pytest.mark.parametrize("strategy", ["one-vm-per-job", "one-vm-for-all", "asap", "fastest"])
+def test_killed_before_or_after_any_effect_nothing_is_done_twice(
+    strategy: str, tmp_path: Path
+) -> None:
+    for moment in itertools.count():
+        rig = Rig(tmp_path / str(moment))
+        tasks = [
+            *(rig.give(identity=f"t{n}", strategy=strategy, seconds=20 + n)[0] for n in range(5)),
+        ]
+        commands = {task.identity: task.command for task in tasks}
+        if not killed_at(rig, moment):
+            assert moment > 20, "it was killed in many places"
+            return
+        rig.world.pass_time(7)
+        before = {task.identity for task in rig.ended.values()}
+        ahead = [task for task in tasks if task.identity not in before]
+        restart(rig, ahead)
+        rig.run(3)
+        keys = hand_over_again(rig, ahead)
+        rig.run(200)
+        for identity, key in keys.items():
+            assert rig.ended[key].state == TaskState.COMPLETE, (moment, identity)
+        assert [runs_of(rig, task.identity, commands) for task in tasks] == [1] * 5, moment
+        nodes = [request.node for request in rig.cloud.launched]
+        assert len(nodes) == len(set(nodes)), (moment, nodes)
+        if strategy == "one-vm-per-job":
+            assert len(nodes) == 5, (moment, nodes)
+        rig.broker.release()
+        assert rig.world.alive() == [], moment
+
+
+def test_what_ended_while_nobody_looked_is_told_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    (task,) = rig.give(identity="t", seconds=20)
+    rig.run(15)
+    rig.world.pass_time(60)
+    restart(rig)
+    rig.run(2)
+    keys = hand_over_again(rig, [task])
+    rig.run(5)
+    assert rig.ended[keys["t"]].state == TaskState.COMPLETE
+    assert keys["t"] == task.key
+    assert len(rig.world.jobs) == 1
+
+
+def test_what_failed_meanwhile_is_run_anew(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    (task,) = rig.give(identity="t", seconds=20, code=3)
+    rig.run(15)
+    rig.world.pass_time(60)
+    restart(rig)
+    rig.run(2)
+    assert in_journal(rig, task) == TaskState.FAILED
+    keys = hand_over_again(rig, [replace(task, command="run 5 0")])
+    rig.run(60)
+    assert rig.ended[keys["t"]].state == TaskState.COMPLETE
+    assert len(rig.world.jobs) == 2
+
+
+def test_done_work_whose_results_are_gone_is_done_anew(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.give(identity="t", seconds=5)
+    rig.run(12)
+    rig.world.pass_time(60)
+    restart(rig)
+    rig.run(2)
+    again = rig.new_task(identity="t", command="run 5 0")
+    assert rig.broker.claim(again, changed=0.0, is_made=False) is None
+
+
+@pytest.mark.parametrize(("content", "changed"), [("other code", 0.0), ("", 1e9)])
+def test_an_attempt_that_is_out_of_date_ends_before_the_new_one_begins(
+    content: str, changed: float, tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path)
+    (task,) = rig.give(identity="t", seconds=500)
+    rig.run(15)
+    restart(rig)
+    again = rig.new_task(identity="t", content=content, command="run 5 0")
+    assert rig.broker.claim(again, changed, is_made=False) is None
+    rig.broker.submit([again])
+    rig.run(60)
+    old, new = rig.world.jobs[f"{task.key}.1"], rig.world.jobs[f"{again.key}.1"]
+    assert old.state == "CANCELLED"
+    assert old.ended is not None
+    assert new.started is not None
+    assert old.ended <= new.started
+    assert rig.ended[again.key].state == TaskState.COMPLETE
+    assert in_journal(rig, task) == TaskState.CANCELLED
+
+
+def test_what_is_out_of_date_is_dropped_with_the_rest_when_the_run_ends(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.give(identity="t", seconds=500)
+    rig.run(15)
+    restart(rig)
+    again = rig.new_task(identity="t", content="other", command="run 5 0")
+    assert rig.broker.claim(again, 0.0, is_made=False) is None
+    rig.broker.submit([again])
+    rig.broker.release()
+    rig.tick()
+    assert rig.ended[again.key].state == TaskState.CANCELLED
+    assert rig.world.alive() == []
+
+
+def test_what_nobody_asks_for_again_runs_on_but_is_not_repeated(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.cloud.allow_kill = True
+    lost, kept = rig.give(2, identity="", seconds=30)
+    lost.identity, kept.identity = "lost", "kept"
+    rig.run(15)
+    restart(rig)
+    (vm,) = [vm for vm in rig.broker.vms() if lost.key in vm.active]
+    rig.world.kill_machine(vm.name)
+    rig.run(60)
+    assert in_journal(rig, lost) == TaskState.CANCELLED
+    assert in_journal(rig, kept) == TaskState.COMPLETE
+    assert rig.ended == {}
+    assert len(rig.world.jobs) == 2
+
+
+def test_bundles_go_on(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    tasks = [
+        rig.give(*(1, "one-vm-for-all"), identity=f"t{n}", seconds=4, planned=4.0, may_bundle=True)[
+            0
+        ]
+        for n in range(8)
+    ]
+    rig.run(16)
+    jobs = len(rig.world.jobs)
+    assert 1 <= jobs < 8, "several in one"
+    done = {task.identity for task in rig.ended.values()}
+    restart(rig)
+    keys = hand_over_again(rig, [task for task in tasks if task.identity not in done])
+    rig.run(120)
+    assert all(rig.ended[key].state == TaskState.COMPLETE for key in keys.values())
+    left = [one.name for job in rig.world.jobs.values() for one in job.bundled]
+    assert len(left) == len(set(left)), "none is in two bundles"
+
+
+def test_vms_of_the_killed_run_count_towards_the_cap_and_are_given_back(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=2)
+    tasks = rig.give(2, seconds=100)
+    for number, task in enumerate(tasks):
+        task.identity = f"t{number}"
+    rig.run(15)
+    restart(rig)
+    rig.give(3, seconds=5)
+    rig.run(30)
+    assert len(rig.cloud.launched) == 2
+    rig.broker.release()
+    assert all(vm.state == VMState.GONE for vm in rig.broker.vms())
+
+
+def test_only_a_killed_run_that_left_something_is_taken_over(tmp_path: Path) -> None:
+    """And by one process only."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    rig = Rig(tmp_path)
+    rig.give(1)
+    rig.run(2)
+    record = RunRecord("", "/d", "host", gone.pid, "r", "e", "s", 1.0)
+    for run, host, pid in (
+        ("nothing-left", "host", gone.pid),
+        ("alive", "host", os.getpid()),
+        ("far", "other", gone.pid),
+        ("killed", "host", gone.pid),
+        ("ended", "host", gone.pid),
+    ):
+        rig.journal.begin_run(replace(record, run=run, host=host, pid=pid, birth=birth_of(pid)))
+        if run != "nothing-left":
+            rig.journal.write(run, [replace(vm, name=f"{run}-1") for vm in rig.broker.vms()])
+    rig.journal.end_run("ended", 2.0)
+    (killed,) = rig.journal.killed_runs("host")
+    assert killed.run == "killed"
+    assert rig.journal.take_over(killed, os.getpid())
+    assert not rig.journal.take_over(killed, os.getpid())
+    assert rig.journal.killed_runs("host") == []
+    assert "killed" in rig.journal.living_runs("host")
+
+
+def test_a_later_process_with_the_same_number_is_another_one() -> None:
+    mine = birth_of(os.getpid())
+    assert mine
+    journal = Journal(":memory:")
+    record = RunRecord("r", "/d", "host", os.getpid(), "r", "e", "s", 1.0, birth=mine)
+    journal.begin_run(record)
+    journal.begin_run(replace(record, run="earlier", birth=mine + "1"))
+    assert journal.living_runs("host") == {"r"}
+
+
+class Part:
+    """As much of a Snakemake job as `reattach` looks at."""
+
+    def __init__(self, output: str, code: str = "x", params: Sequence[object] = ()) -> None:
+        self.name, self.wildcards_dict = "rule", {"n": output}
+        self.output, self.input = [output], ["in.txt"]
+        self.non_derived_params = params
+        self.rule = type("Rule", (), {"shellcmd": code})()
+
+    def is_group(self) -> bool:
+        return False
+
+
+def test_what_makes_two_jobs_the_same() -> None:
+    same = Part("a", params=[1, object()]), Part("a", params=[1, object()])
+    assert reattach.identity_of(same[0]) == reattach.identity_of(same[1])
+    assert reattach.content_of(same[0]) == reattach.content_of(same[1])
+    assert reattach.identity_of(same[0]) != reattach.identity_of(Part("b"))
+    assert reattach.content_of(same[0]) != reattach.content_of(Part("a", params=[2]))
+    assert reattach.content_of(same[0]) != reattach.content_of(Part("a", code="y", params=[1]))
+
+
+def test_inputs_have_a_date_and_outputs_are_there_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reattach.changed(Part("a")) == 0.0
+    assert not reattach.is_made(Part("a"))
+    Path("in.txt").touch()
+    os.utime("in.txt", (5.0, 7.0))
+    Path("a").touch()
+    assert reattach.changed(Part("a")) == 7.0
+    assert reattach.is_made(Part("a"))
