@@ -75,6 +75,7 @@ _CLAIMED = (
 
 _NODES_SELDOM = 5.0
 _ASK_OFTEN, _ASK_SELDOM = 2.0, 15.0
+_FEW = 4
 _STUCK_PATIENCE = 10.0
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
@@ -316,6 +317,13 @@ class Broker:
     def is_busy(self) -> bool:
         """Whether anything is going on that the next tick should see soon."""
         return bool(self._inbox or self._waiting or self._held or self._machines.alive)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether one of a few submitted tasks has left its exit code. Among many, whose ends come often, it
+        is not looked for: they are seen soon enough."""
+        submitted = list(self._submitted.values())
+        return len(submitted) <= _FEW and any(self._exit_of(task) is not None for task in submitted)
 
     def vms(self) -> list[VM]:
         """Every VM there was, in the order of their request."""

@@ -80,6 +80,7 @@ class Executor(RemoteExecutor):
         self._ending = False
         self._handlers: dict[int, Any] = {}
         self._failed_rounds = 0
+        self._patience = 0.0
         self._task_count = 0
         self._ignored: set[str] = set()
         self._run = uuid.uuid4().hex[:8]
@@ -132,7 +133,10 @@ class Executor(RemoteExecutor):
         return str(Path(self.tmpdir, _file_name(str(job.jobid))))
 
     def get_job_args(self, job: JobExecutorInterface) -> str:
-        return quoted_rules(super().get_job_args(job), job.rules)
+        """With the default limit of 100 jobs a second the job's own Snakemake, which has one job to start,
+        would wait a second for the next; among the jobs of a group the limit keeps it from spinning."""
+        arguments = quoted_rules(super().get_job_args(job), job.rules)
+        return arguments if job.is_group() else f"{arguments} --max-jobs-per-timespan 1/0s"
 
     # -- Snakemake asks what became of them
 
@@ -151,11 +155,17 @@ class Executor(RemoteExecutor):
         self._tell_dropped()
 
     async def sleep(self) -> None:
-        """Short, and ended at once by new jobs or by the end of the run."""
-        busy = self._broker is not None and self._broker.is_busy
-        end = time.monotonic() + (_PAUSE_BUSY if busy else _PAUSE_QUIET)
-        while time.monotonic() < end and not self._wake.is_set():
+        """Short, and ended at once by new jobs, by the end of the run, or by the end of one of a few jobs;
+        the longer Slurm takes to see that too, the less often it is asked."""
+        broker, begun = self._broker, time.monotonic()
+        pause = _PAUSE_BUSY if broker is not None and broker.is_busy else _PAUSE_QUIET
+        while time.monotonic() < begun + pause and not self._wake.is_set():
             await asyncio.sleep(_LOOK_UP)
+            if broker is None or not broker.has_news:
+                self._patience = 0.0
+            elif time.monotonic() >= begun + self._patience:
+                self._patience = min(_PAUSE_BUSY, 2 * self._patience + _LOOK_UP)
+                break
         self._wake.clear()
 
     # -- Snakemake ends

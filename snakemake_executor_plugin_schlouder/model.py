@@ -184,10 +184,11 @@ class Billing:
 
         Units longer than a boot: inside the last `margin` seconds of what is paid. Shorter units:
         once it was idle for as long as a boot takes, for waiting longer costs more than booting
-        again and waiting less loses what a boot costs.
+        again and waiting less loses what a boot costs; but not before the minimum charge is used up.
+        A unit shorter than the margin counts as such a short one too.
         """
-        if self.unit <= boot_time:
-            return boot_time - idle_for
+        if self.unit <= max(boot_time, self.margin):
+            return max(boot_time - idle_for, self.minimum - uptime)
         left = self.paid_left(uptime)
         late = left <= self.margin and left + idle_for <= self.margin
         if self.keeps_late and late:

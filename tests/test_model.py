@@ -125,6 +125,13 @@ def test_with_seconds_an_idle_vm_retires_after_the_time_of_a_boot() -> None:
     assert billing.retires_in(500, idle_for=40, boot_time=40) <= 0
 
 
+def test_an_idle_vm_stays_while_its_minimum_charge_lasts() -> None:
+    billing = Billing(1, 60, 50)
+    assert billing.retires_in(20, idle_for=5, boot_time=5) == 40
+    assert billing.retires_in(10, idle_for=5, boot_time=0.5) == 50
+    assert billing.retires_in(100, idle_for=0.25, boot_time=0.5) == 0.25
+
+
 def test_a_node_declares_less_memory_than_its_type_has() -> None:
     assert TYPE.node_memory == 7372
     assert TYPE.fits(Need(2, 7372))

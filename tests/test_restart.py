@@ -14,10 +14,10 @@ from workflows import Site, wait_for
 
 pytestmark = pytest.mark.integration
 
-JOBS = 8
+JOBS = 6
 WORKFLOW = """
 rule all:
-    input: expand("out/{i}.txt", i=range(8))
+    input: expand("out/{i}.txt", i=range(6))
 rule one:
     output: "out/{i}.txt"
     params: pause=PAUSE
@@ -29,7 +29,7 @@ rule one:
 
 
 def workflow(pause: int) -> str:
-    """Eight jobs that write down every run of theirs, and take so many seconds."""
+    """Six jobs that write down every run of theirs, and take so many seconds."""
     return WORKFLOW.replace("PAUSE", str(pause))
 
 
@@ -63,7 +63,7 @@ def runs(site: Site) -> list[int]:
 def test_killed_and_started_again_every_job_runs_once_and_no_vm_is_started_twice(
     site: Site, moment: str
 ) -> None:
-    site.write(workflow(3))
+    site.write(workflow(2))
     moments: dict[str, Callable[[], bool]] = {
         "a VM boots": lambda: bool(site.alive()),
         "jobs run": lambda: bool(files(site, "runs.*")),
