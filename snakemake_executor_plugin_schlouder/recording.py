@@ -288,7 +288,7 @@ class TapedCluster:
         return self.tape.call("cluster.check", None, lambda: _there(self.real).check())
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        asked = [[job.key, job.node, job.cpus, job.memory] for job in jobs]
+        asked = [[job.key, ",".join(job.nodes), job.cpus, job.memory] for job in jobs]
         return self.tape.call("cluster.submit", asked, lambda: _there(self.real).submit(jobs))
 
     def view(self, run: str, nodes: bool = True) -> ClusterView:

@@ -61,6 +61,15 @@ SlurmctldPort           = 6820-6823
 """
 
 
+def test_a_job_over_several_nodes_takes_the_same_of_each() -> None:
+    options = SlurmOptions(tasks=5)
+    arguments = sbatch_arguments(replace(REQUEST, cpus=6, options=options, companions=("n2",)))
+    assert {
+        *("--nodelist=n1,n2", "--nodes=2", "--ntasks=5", "--cpus-per-task=2", "--mincpus=6"),
+        "--mem=2000M",
+    } <= set(arguments)
+
+
 def test_a_job_is_pinned_to_its_vm_and_never_requeued_by_slurm() -> None:
     assert sbatch_arguments(REQUEST) == [
         "sbatch",

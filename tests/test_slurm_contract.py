@@ -140,6 +140,18 @@ def shown(vms: Vms, slurm_id: str) -> dict[str, str]:
     return {key: value for key, _, value in (word.partition("=") for word in text.split())}
 
 
+@pytest.fixture
+def node(vms: Vms) -> Iterator[str]:
+    """A node of the test's own."""
+    name = f"n{uuid.uuid4().hex[:8]}"
+    instance_id = vms.join(name)
+    yield name
+    vms.ec2.terminate_instances(InstanceIds=[instance_id])
+    vms.wait_for_state(instance_id, "terminated")
+    SlurmCommands(PARTITION).fail(name, "test over")
+    until(lambda: SlurmCommands(PARTITION).delete(name))
+
+
 class TestJobs:
     def test_one_runs_and_completes(self, slurm: Cluster, job: JobRequest) -> None:
         begin = time.time()
@@ -280,6 +292,40 @@ class TestJobs:
         assert phase(slurm, job) == JobPhase.WAITING
 
 
+class TestSeveralNodes:
+    @pytest.fixture
+    def wide(self, job: JobRequest, node: str) -> JobRequest:
+        """Three tasks with two CPUs each on NODE and another one."""
+        return replace(job, companions=(node,), cpus=4, options=SlurmOptions(tasks=3))
+
+    def test_a_job_has_its_part_of_each(self, slurm: Cluster, vms: Vms, wide: JobRequest) -> None:
+        fields = shown(vms, submit(slurm, wide)[0])
+        expected = {
+            "NumTasks": "3",
+            "CPUs/Task": "2",
+            "MinCPUsNode": "4",
+            "MinMemoryNode": "500M",
+        }
+        assert {key: fields.get(key) for key in expected} == expected
+        assert set(fields["ReqNodeList"].split(",")) == set(wide.nodes)
+        until(lambda: phase(slurm, wide) == JobPhase.RUNNING)
+        assert set(slurm.foreign_jobs("another-run")) == set(wide.nodes)
+
+    def test_its_steps_reach_all_of_them(self, slurm: Cluster, wide: JobRequest) -> None:
+        command = "echo $SLURM_NTASKS $SLURM_TASKS_PER_NODE $SLURM_JOB_CPUS_PER_NODE; srun hostname"
+        script = job_script("wide", command, f"{wide.workdir}/exit")
+        (shares, *hosts) = completed(slurm, replace(wide, script=script)).splitlines()
+        assert shares == "3 2,1 4(x2)"
+        assert len(hosts) == 3
+        assert set(hosts) == set(wide.nodes)
+
+    def test_it_is_lost_with_any_of_them(self, slurm: Cluster, wide: JobRequest) -> None:
+        submit(slurm, wide)
+        until(lambda: phase(slurm, wide) == JobPhase.RUNNING)
+        slurm.fail(wide.companions[0], "machine lost")
+        until(lambda: phase(slurm, wide) == JobPhase.LOST)
+
+
 class TestCancel:
     def test_one(self, slurm: Cluster, job: JobRequest) -> None:
         other = replace(job, key="other")
@@ -315,17 +361,6 @@ class TestCancel:
 
 
 class TestNodes:
-    @pytest.fixture
-    def node(self, vms: Vms) -> Iterator[str]:
-        """A node of the test's own."""
-        name = f"n{uuid.uuid4().hex[:8]}"
-        instance_id = vms.join(name)
-        yield name
-        vms.ec2.terminate_instances(InstanceIds=[instance_id])
-        vms.wait_for_state(instance_id, "terminated")
-        SlurmCommands(PARTITION).fail(name, "test over")
-        until(lambda: SlurmCommands(PARTITION).delete(name))
-
     def test_a_node_by_what_runs_there(self, slurm: Cluster, job: JobRequest) -> None:
         until(lambda: slurm.view(job.run).nodes[NODE].state == "idle")
         assert slurm.view(job.run).nodes[NODE].accepts_jobs

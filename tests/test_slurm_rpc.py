@@ -228,6 +228,7 @@ def test_what_only_sbatch_understands() -> None:
     assert needs_sbatch(replace(REQUEST, options=SlurmOptions(extra=("--nice",))))
     assert needs_sbatch(replace(REQUEST, options=SlurmOptions(gres="gpu:1")))
     assert needs_sbatch(replace(REQUEST, memory=0))
+    assert needs_sbatch(replace(REQUEST, companions=("n2",)))
     assert needs_sbatch(replace(REQUEST, script="#!/bin/sh\necho 'a\rb'\n"))
 
 

@@ -41,8 +41,8 @@ class ClusterInfo:
 @dataclass(frozen=True)
 class JobRequest:
     """One submission. `key` travels as the comment, `run` is the job name: both find the job again
-    when the reply to the submission is lost. `limit` in seconds, `memory` in MiB; `cpus`
-    are those of all tasks of the options together."""
+    when the reply to the submission is lost. It runs on `node` and on its `companions`; `cpus` and
+    `memory` (MiB) are those of each, for the tasks of the options that it gets. `limit` in seconds."""
 
     key: str
     run: str
@@ -55,6 +55,20 @@ class JobRequest:
     log: str
     partition: str
     options: SlurmOptions = field(default_factory=SlurmOptions)
+    companions: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return (self.node, *self.companions)
+
+    @property
+    def tasks_per_node(self) -> int:
+        """The most tasks that one node gets."""
+        return -(-self.options.tasks // len(self.nodes))
+
+    @property
+    def cpus_per_task(self) -> int:
+        return self.cpus // self.tasks_per_node
 
 
 @dataclass(frozen=True)

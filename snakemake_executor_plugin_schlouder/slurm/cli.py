@@ -62,16 +62,19 @@ def sbatch_arguments(job: JobRequest) -> list[str]:
         f"--job-name={job.run}",
         f"--comment={job.key}",
         f"--partition={job.partition}",
-        f"--nodelist={job.node}",
-        "--nodes=1",
+        f"--nodelist={','.join(job.nodes)}",
+        f"--nodes={len(job.nodes)}",
         f"--ntasks={job.options.tasks}",
-        f"--cpus-per-task={job.cpus // job.options.tasks}",
+        f"--cpus-per-task={job.cpus_per_task}",
         f"--mem={job.memory}M",
         "--no-requeue",
         "--export=ALL",
         f"--chdir={job.workdir}",
         f"--output={log_pattern(job)}",
     ]
+    if job.companions:
+        # Or Slurm fills one node and gives the other what is left.
+        arguments.append(f"--mincpus={job.cpus}")
     if job.limit is not None:
         arguments.append(f"--time={minutes(job.limit)}")
     for name in ("account", "qos", "reservation", "constraint", "gres"):

@@ -114,7 +114,7 @@ def description(job: JobRequest) -> dict[str, object]:
         "required_nodes": job.node,
         "nodes": 1,
         "ntasks": job.options.tasks,
-        "cpus_per_task": job.cpus // job.options.tasks,
+        "cpus_per_task": job.cpus_per_task,
         "memory_per_node": f"{job.memory}M",
         "is_requeueable": False,
         "environment": "ALL",
@@ -137,14 +137,17 @@ def environment(job: JobRequest) -> dict[str, str]:
     """What sbatch tells a job about its own options."""
     return {
         "SLURM_JOB_NAME": job.run,
-        "SLURM_CPUS_PER_TASK": str(job.cpus // job.options.tasks),
+        "SLURM_CPUS_PER_TASK": str(job.cpus_per_task),
     }
 
 
 def needs_sbatch(job: JobRequest) -> bool:
     """Whether only sbatch understands this: its own options and its syntax of generic resources; 0 as all
-    the memory; a script with a carriage return, which pyslurm would turn into a line feed."""
-    return bool(job.options.extra or job.options.gres or not job.memory or "\r" in job.script)
+    the memory; a part of several nodes, for pyslurm takes `--mincpus` for that of all of them together; a
+    script with a carriage return, which pyslurm would turn into a line feed."""
+    options = job.options
+    only_sbatch = options.extra or options.gres or not job.memory or job.companions
+    return bool(only_sbatch or "\r" in job.script)
 
 
 def node_status(name: str, state: str, reason: str) -> NodeStatus:
