@@ -19,6 +19,7 @@ from typing import Protocol
 
 from . import job_files, order
 from .bundles import Bundles, take_bundle
+from .gangs import Gangs
 from .journal import Remains
 from .machines import Machines
 from .model import (
@@ -201,6 +202,7 @@ class Broker:
         )
         self._waiting: list[Task] = []
         self._machines = Machines()
+        self._gangs = Gangs()
         self._submitted: dict[str, Task] = {}
         self._bundles = Bundles(witness, revoke, config.exit_file)
         self._absent_jobs: dict[str, tuple[int, float]] = {}
@@ -297,6 +299,8 @@ class Broker:
             self._observe_cloud()
             if view is not None:
                 self._update_vms(view)
+            self._keep_gangs_together()
+            if view is not None:
                 self._update_tasks(view)
                 self._end_replaced()
                 self._finish_vms(view)
@@ -495,12 +499,8 @@ class Broker:
     def _update_booting(self, vm: VM, node: NodeStatus | None) -> None:
         now = self._now
         if node is not None and node.accepts_jobs:
-            vm.ready, vm.idle_since = now, now
-            self._move(vm, VMState.READY)
-            if vm.boot_time is not None:
-                self._boots.learn(vm.boot_time, vm.beside)
-            self._boot_failures = 0
-            self._note(vm, f"ready after {now - vm.requested:.0f} s")
+            for ready in self._gangs.joined(vm):
+                self._has_booted(ready)
         elif node is not None and (node.state.startswith("drain") or node.state == "inval"):
             self._boot_failed(vm, f"Slurm does not accept the node: {node.reason}")
         elif now - vm.requested > self._config.boot_timeout:
@@ -509,14 +509,37 @@ class Broker:
                 f"no Slurm node after {self._config.boot_timeout:.0f} s (--schlouder-boot-timeout)",
             )
 
+    def _has_booted(self, vm: VM) -> None:
+        vm.ready, vm.idle_since = self._now, self._now
+        self._move(vm, VMState.READY)
+        if vm.boot_time is not None:
+            self._boots.learn(vm.boot_time, vm.beside)
+        self._boot_failures = 0
+        self._note(vm, f"ready after {self._now - vm.requested:.0f} s")
+
     def _update_ready(self, vm: VM, node: NodeStatus) -> None:
         if node.state == "down":
             self._lost(vm, f"Slurm lost the node: {node.reason}")
         elif node.state.startswith("drain"):
-            self._requeue_planned(vm)
-            self._move(vm, VMState.DRAINING)
-            self._note(vm, f"was drained by somebody else: {node.reason}")
-            self._recall([t for t in vm.active.values() if t.state == TaskState.SUBMITTED])
+            self._take_out(vm, f"was drained by somebody else: {node.reason}")
+
+    def _take_out(self, vm: VM, why: str) -> None:
+        """`vm` gets no further tasks, and those that have not begun there are given back; what runs ends."""
+        self._requeue_planned(vm)
+        self._move(vm, VMState.DRAINING)
+        self._note(vm, why)
+        self._recall([t for t in vm.active.values() if t.state == TaskState.SUBMITTED])
+
+    def _keep_gangs_together(self) -> None:
+        """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there."""
+        for vm, other in self._gangs.torn():
+            if other.reason:
+                self._lost(vm, f"its gang lost {other.name}: {other.reason}")
+            elif vm.is_booting:
+                self._requeue_planned(vm)
+                self._terminate(vm)
+            else:
+                self._take_out(vm, f"leaves with {other.name}")
 
     def _update_tasks(self, view: ClusterView) -> None:
         for key, status in view.jobs.items():
@@ -603,9 +626,9 @@ class Broker:
         """A submission has ended without the task's doing. Where the machine is the cause, the task waits
         until that is gone: it may still write."""
         vm = self._vm_of(task)
-        if vm.state == VMState.GONE:
+        if self._gangs.is_gone(vm):
             self._rescue(vm, task)
-        elif task.recalled and vm.state != VMState.TERMINATING:
+        elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
             self._again(vm, task)
         else:
             self._lost(vm, why)
@@ -633,7 +656,7 @@ class Broker:
         elif self._is_gone(key, task):
             vm = self._vm_of(task)
             begun = self._revoke(self._config.exit_file(task))
-            if vm.state == VMState.GONE:
+            if self._gangs.is_gone(vm):
                 self._rescue(vm, task)
             elif task.slurm_id is None and not begun:
                 self._again(vm, task)
@@ -817,7 +840,7 @@ class Broker:
     def _forget_node(self, vm: VM) -> None:
         """Not before Slurm has ended what was pinned to it: a later node may get its place in Slurm's
         table, and with it the job."""
-        if not vm.active:
+        if not self._gangs.leader(vm).active:
             self._delete_node(vm)
 
     def _is_overdue(self, vm: VM) -> bool:
@@ -832,7 +855,8 @@ class Broker:
             self._tell(f"Slurm does not answer: {error}", logging.WARNING)
 
     def _warn_of_guest(self, vm: VM) -> None:
-        if vm.idle_since is not None and self._now - vm.idle_since > _GUEST_PATIENCE:
+        since = self._gangs.leader(vm).idle_since
+        if since is not None and self._now - since > _GUEST_PATIENCE:
             self._tell(
                 f"{self._name(vm)} is kept: a job of somebody else runs there", logging.WARNING
             )
@@ -858,8 +882,9 @@ class Broker:
             room = 0
         plan = self._planner.place(self._waiting, self._now, room, self._refusal)
         self._waiting = plan.left
-        for vm in plan.started:
-            self._machines.add(vm)
+        for leader in plan.started:
+            for vm in self._gangs.assemble(leader, self._new_vm):
+                self._machines.add(vm)
         for task in plan.assigned:
             self._machines.note(self._vm_of(task))
             self._dirty(task)
@@ -882,7 +907,7 @@ class Broker:
         the token makes asking again safe."""
         now = self._now
         for vm in self._machines.having(VMState.PLANNED):
-            if self._stopping or not self._planner.needs(vm):
+            if self._stopping or not self._planner.needs(self._gangs.leader(vm)):
                 self._close(vm)
         unlaunched = self._machines.having(VMState.PLANNED, VMState.REQUESTED)
         due = [vm for vm in unlaunched if vm.retry_at <= now]
@@ -1000,6 +1025,7 @@ class Broker:
             log=self._config.log_file(task) if len(tasks) == 1 else self._config.bundle_log(task),
             partition=self._config.partition,
             options=task.options,
+            companions=tuple(vm.name for vm in self._gangs.companions(vm)),
         )
 
     def _script_of(self, tasks: Sequence[Task]) -> str:
@@ -1022,7 +1048,7 @@ class Broker:
             names = [vm.name for vm in leaving]
             self._try_cluster(lambda: self._cluster.drain(names, "schlouder: no work left"))
         for vm in self._machines.having(VMState.BOOTING):
-            if not self._planner.needs(vm):
+            if not self._planner.needs(self._gangs.leader(vm)):
                 self._terminate(vm)
 
     def _retirable(self) -> list[VM]:

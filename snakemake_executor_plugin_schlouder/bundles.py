@@ -26,8 +26,8 @@ WORTH = 10.0
 
 
 def may_bundle(task: Task) -> bool:
-    """Whether the user allows it, and the task is short against a start of Snakemake."""
-    return task.may_bundle and task.walltime <= SHORT
+    """Whether the user allows it, and the task is short against a start of Snakemake and runs on one VM."""
+    return task.may_bundle and task.need.nodes == 1 and task.walltime <= SHORT
 
 
 def fair_share(waiting: int, vms: int, least: int) -> int:

@@ -38,7 +38,7 @@ CREATE TABLE runs (
 CREATE TABLE vms (
     name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
     instance_type TEXT NOT NULL, token TEXT NOT NULL, state TEXT NOT NULL, instance_id TEXT,
-    requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL
+    requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL, leader TEXT
 ) STRICT;
 CREATE TABLE tasks (
     key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
@@ -84,6 +84,7 @@ class VMRecord:
     ready: float | None
     ended: float | None
     reason: str
+    leader: str | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Journal:
                 "INSERT INTO events VALUES (?, ?, ?, ?)", [(run, *event) for event in events]
             )
             db.executemany(
-                "INSERT OR REPLACE INTO vms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO vms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
@@ -257,9 +258,7 @@ class Journal:
 
     def vms(self, run: str) -> list[VMRecord]:
         """The run's VMs in the order of their request."""
-        columns = (
-            "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason"
-        )
+        columns = "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason, leader"
         with self._transaction() as db:
             rows = db.execute(
                 f"SELECT {columns} FROM vms WHERE run = ? ORDER BY requested, length(name), name",
@@ -386,6 +385,7 @@ def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
         vm.ready,
         vm.ended,
         vm.reason,
+        vm.leader,
     )
 
 

@@ -13,8 +13,8 @@ from .model import VM, VMState
 class Machines:
     """All VMs by name, in the order of their request; and sets of them, kept by `move` and `note`.
 
-    `idle` are ready and have nothing to do, each with the date at which it may have to go; `alive` is
-    how many are not gone, and count towards the cap.
+    `idle` are ready and have nothing to do, each with the date at which it may have to go (not companions,
+    which go with their leader); `alive` is how many are not gone, and count towards the cap.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Machines:
     def note(self, vm: VM) -> None:
         """What is planned for `vm` or runs there has changed."""
         ready = vm.state == VMState.READY
-        if ready and vm.is_unused:
+        if ready and vm.is_unused and vm.leader is None:
             if vm.name not in self.idle:
                 self._newly_idle[vm.name] = vm
             self.idle[vm.name] = vm

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 DEFAULT_WALLTIME = 300.0
@@ -89,14 +89,15 @@ class InstanceType:
 
 @dataclass(frozen=True)
 class Need:
-    """What a task takes of its VM while it runs, and what kind of VM that must be: one with GPUs of a
-    model, or with features on which a `constraint` holds, such as `m5.large|m5.xlarge`."""
+    """What a task takes of each of its `nodes` VMs while it runs, and what kind of VM that must be: one with
+    GPUs of a model, or with features on which a `constraint` holds, such as `m5.large|m5.xlarge`."""
 
     cpus: int = 1
     memory: int = 0
     gpus: int = 0
     gpu_model: str = ""
     constraint: str = ""
+    nodes: int = 1
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Need:
         a gres.conf that names its devices), so nobody else could keep two tasks off the same one."""
         memory = self.memory or kind.node_memory * self.cpus // kind.cpus
         gpus = kind.gpus if self.gpus else 0
-        return Need(self.cpus, memory, gpus, self.gpu_model, self.constraint)
+        return replace(self, memory=memory, gpus=gpus)
 
 
 @functools.lru_cache
@@ -124,8 +125,8 @@ def _holds(constraint: str, features: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What a rule asks of Slurm besides CPUs, memory and time; empty: Slurm's own default. `tasks` share
-    the CPUs of the need; `extra` are options of sbatch as the user wrote them, one each."""
+    """What a rule asks of Slurm besides CPUs, memory and time; empty: Slurm's own default. `tasks`, on
+    all VMs together, share the CPUs of the need; `extra` are options of sbatch as the user wrote them."""
 
     account: str = ""
     qos: str = ""
@@ -273,6 +274,9 @@ class VM:
     is set once the cloud itself says that the machine is on its way out, from when it costs nothing
     more; `node_deleted` once Slurm has no record of it any more. `is_adopted`: another process asked for
     it, and was killed.
+
+    A task may run on `nodes` machines together: on a leader, whose tasks they are, and on its companions,
+    which have the leader's name as `leader` and nothing of their own in `queue` and `active`.
     """
 
     name: str
@@ -298,6 +302,8 @@ class VM:
     free_at: float = 0.0
     unstarted: float = 0.0
     is_adopted: bool = False
+    nodes: int = 1
+    leader: str | None = None
 
     def __post_init__(self) -> None:
         self.free_at = self.requested + self.boot_planned

@@ -30,7 +30,7 @@ class Plan:
 
 
 class Planner:
-    """Keeps the pools of a run: per strategy and instance type the VMs, and what waits for them.
+    """Keeps the pools of a run: per strategy, instance type and gang width the VMs, and what waits for them.
 
     `new_vm` makes a VM of a strategy and a type with the given predicted boot time. `order` is that of
     the waiting tasks, where their strategy has none of its own.
@@ -58,7 +58,7 @@ class Planner:
         self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, set[Need]] = {}
         self._futures: dict[str, Future] = {}
-        self._pools: dict[tuple[str, str], Pool] = {}
+        self._pools: dict[tuple[str, str, int], Pool] = {}
         self._pool_of: dict[str, Pool] = {}
         self._booting: set[str] = set()
         self._adopted: dict[str, VM] = {}
@@ -85,7 +85,7 @@ class Planner:
         if not vm.is_open:
             self._spend(vm, vm.ended or vm.requested)
             return
-        pool = self._pool_of_kind(vm.strategy, vm.type)
+        pool = self._pool_of_kind(vm.strategy, vm.type, vm.nodes)
         self._pool_of[vm.name] = pool
         if vm.is_unused:
             self._adopted[vm.name] = vm
@@ -118,7 +118,7 @@ class Planner:
         self._booting.discard(vm.name)
 
     def _spend(self, vm: VM, now: float) -> None:
-        self._spent += self._billing.billed(vm.uptime(now)) if vm.instance_id else 0.0
+        self._spent += self._billed(vm, now) if vm.instance_id else 0.0
 
     def take_backlog(self) -> list[Task]:
         """Gives out every task that has no VM yet, for good."""
@@ -207,7 +207,7 @@ class Planner:
             self._expect(task)
         return order.in_turns(
             waiting,
-            lambda task: (task.strategy, self._type_for(task)),
+            lambda task: (task.strategy, self._type_for(task), task.need.nodes),
             lambda task: self._order_of(task.strategy),
         )
 
@@ -237,7 +237,7 @@ class Planner:
             plan.failed.append((task, plan.broken))
             return
         vm = vm or self._take_adopted(pool)
-        if vm is None and round_.room > 0:
+        if vm is None and round_.room_for(pool) > 0:
             vm = self._start(pool, round_)
         vm = vm or pool.fleet.idle_first()
         if vm is not None:
@@ -281,14 +281,14 @@ class Planner:
         looks_again = _pooled(pool).looks_again() <= round_.now
         if not (pool.is_stale or pool.touched or looks_again):
             return
-        if not len(pool.fleet) and round_.room <= 0:
+        if not len(pool.fleet) and round_.room_for(pool) <= 0:
             self._give_up(pool, round_)
             return
         self._look(pool, round_)
         missing = _pooled(pool).missing(pool)
         if missing == 0 and not len(pool.fleet):
             missing = 1
-        while missing > 0 and round_.room > 0:
+        while missing > 0 and round_.room_for(pool) > 0:
             self._start(pool, round_)
             missing -= 1
         pool.is_starved = missing > 0
@@ -327,15 +327,19 @@ class Planner:
     # -- both
 
     def _look(self, pool: Pool, round_: _Round) -> None:
-        pool.fleet.look(round_.now, self._boot_time(), round_.room > 0)
-        pool.room = round_.room
+        pool.room = round_.room_for(pool)
+        pool.fleet.look(round_.now, self._boot_time(), pool.room > 0)
         if self._goal.budget < math.inf:
             pool.spent = self._spent + self._spent_beside(pool, round_.now)
 
     def _spent_beside(self, pool: Pool, now: float) -> float:
         """Billed seconds of the VMs of all other pools, so far."""
         others = (other for other in self._pools.values() if other is not pool)
-        return sum(self._billing.billed(vm.uptime(now)) for other in others for vm in other)
+        return sum(self._billed(vm, now) for other in others for vm in other)
+
+    def _billed(self, vm: VM, now: float) -> float:
+        """Billed seconds of `vm` and its companions."""
+        return self._billing.billed(vm.uptime(now)) * vm.nodes
 
     def _boot_time(self, after: int = 0) -> float:
         """Predicted seconds of a boot requested after so many others now."""
@@ -343,12 +347,12 @@ class Planner:
 
     def _start(self, pool: Pool, round_: _Round) -> VM:
         vm = self._new_vm(pool.strategy.name, pool.kind, pool.fleet.boot_time)
-        vm.beside = len(self._booting)
+        vm.beside, vm.nodes = len(self._booting), pool.nodes
         self._booting.add(vm.name)
         self._pool_of[vm.name] = pool
         pool.fleet.add(vm)
         round_.plan.started.append(vm)
-        round_.room -= 1
+        round_.room -= pool.nodes
         self._look(pool, round_)
         return vm
 
@@ -362,10 +366,10 @@ class Planner:
 
     def _pool_for(self, task: Task) -> Pool | None:
         kind = self._type_for(task)
-        return None if kind is None else self._pool_of_kind(task.strategy, kind)
+        return None if kind is None else self._pool_of_kind(task.strategy, kind, task.need.nodes)
 
-    def _pool_of_kind(self, name: str, kind: InstanceType) -> Pool:
-        key = (name, kind.name)
+    def _pool_of_kind(self, name: str, kind: InstanceType, nodes: int) -> Pool:
+        key = (name, kind.name, nodes)
         if key not in self._pools:
             fleet = Fleet(self._billing)
             backlog = Backlog(self._walltimes)
@@ -380,6 +384,7 @@ class Planner:
                 self._boot_time,
                 self._goal,
                 is_pooled=isinstance(strategy, Pooled),
+                nodes=nodes,
             )
         return self._pools[key]
 
@@ -403,6 +408,10 @@ class _Round:
     refusal: str
     plan: Plan = field(default_factory=Plan)
 
+    def room_for(self, pool: Pool) -> int:
+        """How many VMs of `pool` may be started, each with its companions."""
+        return self.room // pool.nodes
+
 
 def _pooled(pool: Pool) -> Pooled:
     assert isinstance(pool.strategy, Pooled)
@@ -419,6 +428,8 @@ def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
             f"feature; allowed are {', '.join(known)}"
         )
     wanted = f"{need.cpus} cpus and {need.memory} MiB{_gpus(need.gpus, need.gpu_model)}"
+    if need.nodes > 1:
+        wanted += f" on each of {need.nodes} VMs"
     if need.constraint:
         wanted += f", with the features {need.constraint}"
     offers = ", ".join(

@@ -1,4 +1,4 @@
-"""A pool: the VMs of one strategy and instance type, and the tasks that wait for them."""
+"""A pool: the VMs of one strategy, instance type and gang width, and the tasks that wait for them."""
 
 from __future__ import annotations
 
@@ -203,9 +203,10 @@ class Goal:
 
 @dataclass
 class Pool:
-    """`touched` are the VMs on which something changed since they were last offered work, `is_stale`
-    says that the plan as a whole must be made anew; `room` how many more VMs the cap allows, `lost` how
-    many machines failed, and `is_starved` that fewer could be started than the plan wants.
+    """`nodes` is how many machines each of its VMs stands for, as leader of a gang; where VMs are counted,
+    leaders are. `touched` are the VMs on which something changed since they were last offered work,
+    `is_stale` says that the plan as a whole must be made anew; `room` how many more VMs the cap allows,
+    `lost` how many machines failed, and `is_starved` that fewer could be started than the plan wants.
     `boot_time(k)`: predicted boot (s) of the VM that would be requested after k others now. `spent`:
     billed seconds of all VMs of the run but its own. `is_pooled`: the strategy keeps its tasks here and
     asks every VM itself, so that the fleet's lists are not kept."""
@@ -224,6 +225,7 @@ class Pool:
     is_starved: bool = False
     lost: int = 0
     room: int = 0
+    nodes: int = 1
 
     def __iter__(self) -> Iterator[VM]:
         return iter(self.fleet)
@@ -261,8 +263,9 @@ class Pool:
 
     @property
     def money_left(self) -> float:
-        """Billed seconds that the budget leaves for the VMs there are and will be."""
-        return self.goal.budget - self.spent
+        """Billed seconds that the budget leaves for the VMs there are and will be, those of companions
+        not counted."""
+        return (self.goal.budget - self.spent) / self.nodes
 
     @property
     def runs(self) -> bool:

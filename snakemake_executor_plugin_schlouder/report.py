@@ -100,7 +100,8 @@ def replay_table(replays: Sequence[Replay]) -> RenderableType:
 
 
 def run_report(journal: Journal, run: str) -> RenderableType:
-    """The per-VM table of one run: a header for each VM, then its tasks in the order in which they ran."""
+    """The per-VM table of one run: a header for each VM, then its tasks in the order in which they ran; one
+    that ran on several VMs is shown on each."""
     from rich.console import Group
     from rich.text import Text
 
@@ -109,7 +110,8 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     parts: list[RenderableType] = [Text(_run_line(record, vms, tasks))]
     for vm in vms:
         parts.append(Text(f"\n{_vm_line(vm)}", style="bold"))
-        ran = [task for task in tasks if task.vm == vm.name and not _never_started(task)]
+        home = vm.leader or vm.name
+        ran = [task for task in tasks if task.vm == home and not _never_started(task)]
         parts.append(_task_table(ran))
     homeless = [task for task in tasks if task.vm is None or _never_started(task)]
     if homeless:
@@ -148,7 +150,8 @@ def _vm_line(vm: VMRecord) -> str:
     reason = f"  {vm.reason}" if vm.reason else ""
     state = "terminated" if vm.state == VMState.GONE else vm.state
     header = f"{vm.instance_id or 'not started'} - {vm.name} ({_clock(vm.requested)}) {boot}"
-    return f"{header}  [{vm.instance_type}, {state}]{reason}"
+    gang = f", companion of {vm.leader}" if vm.leader else ""
+    return f"{header}  [{vm.instance_type}, {state}{gang}]{reason}"
 
 
 def _task_table(tasks: list[TaskRecord]) -> RenderableType:

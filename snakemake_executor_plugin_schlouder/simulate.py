@@ -65,8 +65,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`units` and `billed` (s) are summed over the VMs, `busy` (s) over the tasks; `makespan` is the date
-    at which the last task ended."""
+    """`units` and `billed` (s) are summed over the VMs, `busy` (s) over the VMs of all tasks;
+    `makespan` is the date at which the last task ended."""
 
     vms: int
     units: int
@@ -387,7 +387,7 @@ class Simulation:
             units=sum(billing.units(uptime) for uptime in uptimes),
             billed=sum(billing.billed(uptime) for uptime in uptimes),
             uptime=sum(uptimes),
-            busy=sum(task.real for task in self._tasks.values()),
+            busy=sum(task.real * task.need.nodes for task in self._tasks.values()),
             makespan=max(self._world.ended.values()),
         )
 

@@ -97,7 +97,8 @@ class World:
     def _join(self, node: str) -> None:
         self.nodes[node] = "idle"
         for job in self.displaced:
-            job.request = replace(job.request, node=node)
+            first, *others = (name if name in self.nodes else node for name in job.request.nodes)
+            job.request = replace(job.request, node=first, companions=tuple(others))
         self.displaced.clear()
 
     def remove_node(self, node: str) -> None:
@@ -105,7 +106,7 @@ class World:
             self.displaced += [
                 job
                 for job in self.jobs.values()
-                if job.request.node == node and job.state == "PENDING"
+                if node in job.request.nodes and job.state == "PENDING"
             ]
 
     def twice_at_a_time(self) -> list[str]:
@@ -115,7 +116,7 @@ class World:
             for job in self.jobs.values()
             if job.started is not None
             and job.state in ("RUNNING", "NODE_FAIL")
-            and self.machine_of(job.request.node).instance.state != "terminated"
+            and any(self.machine_of(n).instance.state != "terminated" for n in job.request.nodes)
             and self.now < job.started + job.walltime
         ]
         return [task for task in set(running) if running.count(task) > 1]
@@ -132,17 +133,18 @@ class World:
         return [m.instance.node for m in self.machines.values() if m.instance.is_alive]
 
     def _advance(self, job: SlurmJob) -> None:
-        node = job.request.node
+        nodes = job.request.nodes
         if job.state == "RUNNING" and job.bundled:
             self._advance_bundle(job)
-        if job.state == "PENDING" and self._free_cpus(node) >= job.request.cpus:
+        has_room = all(self._free_cpus(node) >= job.request.cpus for node in nodes)
+        if job.state == "PENDING" and has_room:
             job.state, job.started = "RUNNING", self.now
             if job.request.key in self.revoked:
                 job.state, job.ended = "FAILED", self.now
         elif (
             job.state == "RUNNING"
             and job.started is not None
-            and self.machine_of(node).instance.is_alive
+            and all(self.machine_of(node).instance.is_alive for node in nodes)
             and self.now >= job.started + job.walltime
         ):
             job.state = "COMPLETED" if job.exit_code == 0 else "FAILED"
@@ -171,12 +173,12 @@ class World:
         used = sum(
             job.request.cpus
             for job in self.jobs.values()
-            if job.request.node == node and job.state == "RUNNING"
+            if node in job.request.nodes and job.state == "RUNNING"
         )
         return self.machine_of(node).cpus - used
 
     def running_on(self, node: str) -> list[SlurmJob]:
-        return [j for j in self.jobs.values() if j.request.node == node and j.state == "RUNNING"]
+        return [j for j in self.jobs.values() if node in j.request.nodes and j.state == "RUNNING"]
 
 
 class FakeCloud:

@@ -123,6 +123,19 @@ def test_the_table_shows_each_vm_with_its_tasks_real_against_planned() -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
+def test_a_task_over_several_vms_is_shown_on_each() -> None:
+    journal = Journal(":memory:")
+    journal.begin_run(RUN)
+    companion = replace(machine(), name="node-2", leader="node-1")
+    done = task(1, state=TaskState.COMPLETE, vm="node-1", started=1007.0, ended=1049.0)
+    journal.write("r1", [machine(), companion], [done])
+    text = report.as_text(report.run_report(journal, "r1"))
+    first, second = text.split("node-2 (")
+    assert "companion of node-1" in second
+    assert "companion" not in first
+    assert first.count("search chunk=1") == second.count("search chunk=1") == 1
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     writer = Journal(path)

@@ -13,7 +13,12 @@ import pytest
 from rig import Rig
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings, strategies
-from snakemake_executor_plugin_schlouder.model import Need, SchlouderError, TaskState
+from snakemake_executor_plugin_schlouder.model import (
+    Need,
+    SchlouderError,
+    SlurmOptions,
+    TaskState,
+)
 from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.recording import (
     PlannedJob,
@@ -98,6 +103,24 @@ def test_troubles_are_played_again_too(tmp_path: Path) -> None:
     assert played.is_identical, played.differences
     names = {line.name for line in read(rig.path)}
     assert {"cluster.fail", "revoke", "witness", "cloud.console", "stop"} <= names
+
+
+def test_gangs_are_played_again_too(tmp_path: Path) -> None:
+    """One of which loses a companion under its task."""
+    rig = RecordedRig(tmp_path, max_vms=6)
+    rig.cloud.allow_kill = True
+    rig.give(3, need=Need(2, 1000, nodes=3), options=SlurmOptions(tasks=6))
+    rig.give(2)
+    rig.run(20)
+    rig.world.kill_machine("schlouder-r1-3")
+    rig.run(200)
+    rig.broker.release()
+    assert rig.states() == [TaskState.COMPLETE] * 5
+    played = replay_recording(rig.path)
+    assert played.is_identical, played.differences
+    submitted = [line.asked for line in read(rig.path) if line.name == "cluster.submit"]
+    nodes = {node for jobs in submitted for _, node, _, _ in jobs}
+    assert {len(node.split(",")) for node in nodes} == {1, 3}
 
 
 def test_a_journal_that_cannot_be_written_is_played_again(

@@ -50,6 +50,14 @@ def test_asap_takes_the_vm_that_is_idle_before_a_new_one_could_be_up() -> None:
     assert outcome.makespan == 90
 
 
+def test_a_task_over_several_vms_takes_and_pays_for_them_all() -> None:
+    wide = RecordedTask("wide", 0, 100, 100, need=Need(1, 1, nodes=3))
+    boots = tuple(RecordedBoot(seconds) for seconds in (20, 60, 40))
+    outcome = played(TaskList((wide, RecordedTask("one", 0, 50, 50)), boots), "one-vm-per-job")
+    assert (outcome.vms, outcome.units, outcome.makespan) == (4, 4, 160)
+    assert outcome.busy == 3 * 100 + 50
+
+
 def test_asap_starts_a_vm_for_each_task_it_cannot_run_sooner() -> None:
     assert played(batch(100, 100, 100), "asap").vms == 3
 

@@ -1,0 +1,64 @@
+"""Gangs: the VMs of tasks that span several, started together, used together, given back together.
+
+Planner and strategies know of a gang only its leader, whose tasks run on its companions too. A companion is
+a VM like others, with a launch, a boot and a bill of its own, but is given no tasks. A leader counts as
+booting until all its companions are up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from .model import VM, InstanceType, VMState
+
+
+class Gangs:
+    """Which VMs belong together. A VM without companions is a gang of its own."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, list[VM]] = {}
+        self._up: set[str] = set()
+
+    def assemble(
+        self, leader: VM, new_vm: Callable[[str, InstanceType, float], VM]
+    ) -> Sequence[VM]:
+        """The leader and the companions it is to have, made by `new_vm`."""
+        gang = [leader]
+        while len(gang) < leader.nodes:
+            vm = new_vm(leader.strategy, leader.type, leader.boot_planned)
+            vm.leader, vm.beside = leader.name, leader.beside + len(gang)
+            gang.append(vm)
+        if len(gang) > 1:
+            self._members[leader.name] = gang
+        return gang
+
+    def members(self, vm: VM) -> Sequence[VM]:
+        """All VMs of the gang of `vm`, the leader first."""
+        return self._members.get(vm.leader or vm.name, (vm,))
+
+    def leader(self, vm: VM) -> VM:
+        return self.members(vm)[0]
+
+    def companions(self, vm: VM) -> Sequence[VM]:
+        """The other VMs on which the tasks of `vm` run."""
+        return self.members(vm)[1:] if vm.leader is None else ()
+
+    def joined(self, vm: VM) -> list[VM]:
+        """Who is ready now that the node of `vm` is up; the leader is not before all are."""
+        self._up.add(vm.name)
+        leader = self.leader(vm)
+        ready = [vm] if vm.leader else []
+        if leader.is_booting and all(member.name in self._up for member in self.members(vm)):
+            ready.append(leader)
+        return ready
+
+    def is_gone(self, vm: VM) -> bool:
+        """Whether no machine on which its tasks ran can write any more."""
+        return all(member.state == VMState.GONE for member in self.members(vm))
+
+    def torn(self) -> Iterator[tuple[VM, VM]]:
+        """VMs that could go on but must not, because another one of their gang leaves, each with that."""
+        for gang in self._members.values():
+            leaver = next((vm for vm in gang if not vm.is_open), None)
+            if leaver is not None:
+                yield from ((vm, leaver) for vm in gang if vm.is_open)
