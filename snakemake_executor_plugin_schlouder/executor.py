@@ -459,7 +459,7 @@ class Executor(RemoteExecutor):
         if not job.is_group():
             return rule_settings(job.name, threads, resources, self._config)
         members = [dict(member.resources.items()) for member in job.jobs]
-        resources = of_group(resources, threads, members)
+        resources = of_group(job.name, resources, threads, members)
         found = rule_settings(job.name, threads, resources, self._config)
         return found if found.planned is None else replace(found, planned=self._in_layers(job))
 

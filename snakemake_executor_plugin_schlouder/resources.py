@@ -42,7 +42,7 @@ _OWN_OPTIONS = {
         ),
         "schlouder's own",
     ),
-    **dict.fromkeys(("nodes", "use-min-nodes"), "always one VM"),
+    **dict.fromkeys(("nodes", "use-min-nodes"), "use the resource nodes"),
     **dict.fromkeys(("ntasks", "ntasks-per-node"), "use the resource tasks"),
     **dict.fromkeys(("cpus-per-task", "mincpus"), "use threads or cpus_per_task"),
     **dict.fromkeys(("mem", "mem-per-cpu"), "use mem_mb or mem_mb_per_cpu"),
@@ -148,10 +148,10 @@ def demand(rule: str, threads: int, resources: Mapping[str, Any]) -> Demand:
 
 
 def of_group(
-    merged: Mapping[str, Any], threads: int, members: Iterable[Mapping[str, Any]]
+    group: str, merged: Mapping[str, Any], threads: int, members: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The resources of a group: those Snakemake has merged, but factors are those of the member with the
-    most, and CPUs are at least the merged `threads`."""
+    most, and CPUs are at least the merged `threads`. SchlouderError if a member spans several VMs."""
     found = dict(merged)
     each = list(members)
     for name in _RATIOS:
@@ -159,6 +159,11 @@ def of_group(
         given = [value for value in values if isinstance(value, int | float)]
         if given:
             found[name] = max(given)
+    if _Asked(group, found).number("nodes") > 1:
+        raise SchlouderError(
+            f"group {group}: nodes: {found['nodes']!r} is not allowed; a job over several VMs cannot be in a "
+            "group, which runs on one; take its rule out of the group"
+        )
     cpus = known(found.get("cpus_per_task"))
     if isinstance(cpus, int):
         found["cpus_per_task"] = max(cpus, threads)
@@ -207,16 +212,26 @@ class _Asked:
 
 
 def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
-    """What it takes of its VM, and by how many tasks its CPUs are shared, which all have the same number."""
+    """What it takes of each of its VMs, and how many tasks it has on all of them, which all have the same
+    number of CPUs. GPUs are those of all VMs, as for Slurm."""
+    nodes = _nodes(asked)
     gpus, model = _gpus(asked)
-    tasks = _tasks(asked, gpus)
+    tasks = _tasks(asked, gpus, nodes)
     per_task = _cpus_per_task(asked, threads)
     per_gpu = asked.number("cpus_per_gpu", or_negative=True)
     if gpus and per_gpu > 0:
         per_task = -(-per_gpu * gpus // tasks)
-    cpus = tasks * per_task
+    cpus = -(-tasks // nodes) * per_task
     memory = asked.number("mem_mb_per_cpu") * cpus or asked.number("mem_mb")
-    return Need(cpus, memory, gpus, model, _constraint(asked)), tasks
+    return Need(cpus, memory, -(-gpus // nodes), model, _constraint(asked), nodes), tasks
+
+
+def _nodes(asked: _Asked) -> int:
+    nodes = max(1, asked.number("nodes"))
+    if nodes > 1 and not asked.text("mpi"):
+        asked.refuse("nodes", "only a job with the resource mpi can run on several VMs")
+        return 1
+    return nodes
 
 
 def _cpus_per_task(asked: _Asked, threads: int) -> int:
@@ -225,16 +240,22 @@ def _cpus_per_task(asked: _Asked, threads: int) -> int:
     return max(1, given or threads)
 
 
-def _tasks(asked: _Asked, gpus: int) -> int:
-    if asked.number("nodes") > 1:
-        asked.refuse("nodes", "a job runs on one VM, also with mpi, so that only 1 is")
-    tasks, per_node = asked.number("tasks"), asked.number("tasks_per_node")
+def _tasks(asked: _Asked, gpus: int, nodes: int) -> int:
+    given, per_node = asked.number("tasks"), asked.number("tasks_per_node")
     per_gpu = asked.number("tasks_per_gpu", or_negative=True)
-    if per_node and tasks > per_node:
+    tasks = given or per_node * nodes or max(1, per_gpu * gpus)
+    if per_node and tasks > per_node * nodes:
         asked.refuse(
-            "tasks", f"a job runs on one VM, with tasks_per_node={per_node} tasks at the most"
+            "tasks",
+            f"{_vms(nodes)} with tasks_per_node={per_node} run {per_node * nodes} at the most",
         )
-    return tasks or per_node or max(1, per_gpu * gpus)
+    elif tasks < nodes:
+        asked.refuse("tasks", f"a job over {_vms(nodes)} has at least one task on each")
+    return tasks
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM{'s' * (count > 1)}"
 
 
 def _gpus(asked: _Asked) -> tuple[int, str]:

@@ -287,6 +287,8 @@ def rule_settings(
         lambda: _switch(rule, "schlouder_bundle", known(resources.get("schlouder_bundle")))
     )
     asked = checked(lambda: demand(rule, threads, resources))
+    if asked is not None:
+        checked(lambda: _check_room(rule, asked.need.nodes, config.max_vms))
     if asked is None or problems:
         raise SchlouderError("\n".join(problems))
     return RuleSettings(
@@ -332,6 +334,13 @@ def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:
         raise SchlouderError(f"{prefix}{error}") from error
     if not goal.allows(strategy):
         raise SchlouderError(f"{prefix}strategy: {strategy!r} needs --schlouder-{strategy}")
+
+
+def _check_room(rule: str, nodes: int, max_vms: int) -> None:
+    if nodes > max_vms:
+        raise SchlouderError(
+            f"rule {rule}: nodes: {nodes} is not allowed; --schlouder-max-vms allows {max_vms} VMs at a time"
+        )
 
 
 def _deadline(text: Optional[str]) -> float:

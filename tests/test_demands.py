@@ -51,6 +51,30 @@ def test_cpus_are_those_of_all_tasks(resources: dict[str, Any], cpus: int, tasks
     assert asked.need.cpus % asked.options.tasks == 0, "Slurm gives each task the same number"
 
 
+@pytest.mark.parametrize(
+    ("resources", "of_each", "tasks"),
+    [
+        ({"nodes": 2, "tasks": 4}, Need(4, 0, nodes=2), 4),
+        ({"nodes": 2, "tasks": 5, "cpus_per_task": 1}, Need(3, 0, nodes=2), 5),
+        ({"nodes": 3, "tasks_per_node": 2}, Need(4, 0, nodes=3), 6),
+        ({"nodes": 2, "tasks": 4, "mem_mb": 700}, Need(4, 700, nodes=2), 4),
+        ({"nodes": 2, "tasks": 4, "mem_mb_per_cpu": 100}, Need(4, 400, nodes=2), 4),
+        ({"nodes": 2, "gpu": 3, "tasks_per_gpu": 1}, Need(4, 0, 2, nodes=2), 3),
+    ],
+)
+def test_an_mpi_job_takes_an_even_part_of_its_tasks_of_each_vm(
+    resources: dict[str, Any], of_each: Need, tasks: int
+) -> None:
+    asked = demand("r", 2, {"mpi": "srun", **resources})
+    assert (asked.need, asked.options.tasks) == (of_each, tasks)
+
+
+def test_a_job_over_several_vms_is_in_no_group() -> None:
+    members = [{"nodes": 2, "mpi": "srun", "tasks": 4}, {}]
+    with pytest.raises(SchlouderError, match=r"group g: nodes: 2 is not allowed; .* in a group"):
+        of_group("g", {"nodes": 2, "mpi": "srun", "tasks": 4}, 1, members)
+
+
 def test_memory_by_cpu_wins_over_memory() -> None:
     assert need(mem_mb=700).memory == 700
     assert need(mem_mb=700, mem_mb_per_cpu=100, tasks=3).memory == 600
@@ -92,7 +116,13 @@ def test_nothing_given_is_nothing_asked() -> None:
 @pytest.mark.parametrize(
     ("resources", "message"),
     [
-        ({"nodes": 2}, "rule r: nodes: 2 is not allowed; a job runs on one VM"),
+        ({"nodes": 2}, "rule r: nodes: 2 is not allowed; only a job with the resource mpi can"),
+        ({"nodes": 2, "mpi": "srun"}, "rule r: tasks: None is not allowed; a job over 2 VMs has"),
+        ({"nodes": 4, "mpi": "srun", "tasks": 3}, "rule r: tasks: 3 is not allowed; a job over 4"),
+        (
+            {"nodes": 2, "mpi": "srun", "tasks": 9, "tasks_per_node": 4},
+            "rule r: tasks: 9 is not allowed; 2 VMs with tasks_per_node=4 run 8 at the most",
+        ),
         ({"nodes": "1-4"}, "rule r: nodes: '1-4' is not allowed; it must be a number"),
         ({"tasks": 8, "tasks_per_node": 4}, "rule r: tasks: 8 is not allowed"),
         ({"mem_mb": True}, "rule r: mem_mb: True is not allowed"),
@@ -154,13 +184,13 @@ def test_factors_are_not_summed_over_a_group() -> None:
     """Four members of two tasks with three CPUs each, as Snakemake merges them."""
     member = {"tasks": 2, "cpus_per_task": 3, "mem_mb_per_cpu": 100, "nodes": 1, "mem_mb": 10}
     merged = {name: 4 * value for name, value in member.items()}
-    asked = demand("g", 4, of_group(merged, 4, [member] * 4))
+    asked = demand("g", 4, of_group("g", merged, 4, [member] * 4))
     assert (asked.need.cpus, asked.need.memory, asked.options.tasks) == (24, 2400, 2)
 
 
 def test_members_of_a_group_that_name_no_cpus_have_their_threads() -> None:
     members: list[dict[str, Any]] = [{"cpus_per_task": 2}, {"tasks": "<TBD>"}]
-    asked = demand("g", 7, of_group({"cpus_per_task": 2}, 7, members))
+    asked = demand("g", 7, of_group("g", {"cpus_per_task": 2}, 7, members))
     assert (asked.need.cpus, asked.options.tasks) == (7, 1)
 
 

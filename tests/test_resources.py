@@ -70,10 +70,10 @@ rule sum:
 
 WRONG = """
 rule all:
-    input: expand("{i}", i=list("abcdefgh"))
+    input: expand("{i}", i=list("abcdefghi"))
 rule spread:
     output: "a"
-    resources: nodes=2, mpi="mpirun", tasks=4
+    resources: nodes=2, tasks=4
     shell: "true"
 rule extra:
     output: "b"
@@ -99,8 +99,12 @@ rule both:
     output: "g"
     resources: gpu=1, gres="gpu:1"
     shell: "true"
-rule fine:
+rule wide:
     output: "h"
+    resources: nodes=21, mpi="srun", tasks=42
+    shell: "true"
+rule fine:
+    output: "i"
     resources: nodes=1, tasks=2, tasks_per_node=2
     shell: "true"
 """
@@ -180,7 +184,8 @@ def test_all_that_is_wrong_is_told_at_once_before_any_vm_starts(site: Site) -> N
     done = site.run()
     assert done.returncode == 1
     for text in (
-        "rule spread: nodes: 2 is not allowed; a job runs on one VM",
+        "rule spread: nodes: 2 is not allowed; only a job with the resource mpi",
+        "rule wide: nodes: 21 is not allowed; --schlouder-max-vms allows 20 VMs",
         "the option --job-name is not yours to give",
         "the option --nodel is not yours to give",
         "the option -w is not yours to give",

@@ -30,6 +30,17 @@ def test_the_defaults_are_aws_billing_and_the_strategy_that_was_measured_best() 
     assert config.instance_types == ("m5.large",)
 
 
+def test_a_job_over_more_vms_than_there_may_be_is_refused() -> None:
+    config = validated(given(max_vms=3))
+    asked = {"mpi": "srun", "tasks": 8}
+    assert rule_settings("r", 1, {**asked, "nodes": 3}, config).need == Need(3, 0, nodes=3)
+    with pytest.raises(SchlouderError) as caught:
+        rule_settings("r", 1, {**asked, "nodes": 4}, config)
+    assert str(caught.value) == (
+        "rule r: nodes: 4 is not allowed; --schlouder-max-vms allows 3 VMs at a time"
+    )
+
+
 def test_lists_are_split_at_commas_and_blanks() -> None:
     config = validated(given(instance_types="a.b, c.d", security_groups="sg-1 sg-2"))
     assert config.instance_types == ("a.b", "c.d")

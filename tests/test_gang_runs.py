@@ -1,0 +1,106 @@
+"""MPI jobs over several VMs on real Slurm: their ranks, a VM lost under them, what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from workflows import Site, wait_for
+
+pytestmark = pytest.mark.integration
+
+MPI = """
+rule all:
+    input: "out/mpi", expand("out/{i}", i=range(3))
+rule mpi:
+    output: "out/mpi"
+    resources: mpi="srun", nodes=2, tasks=4, mem_mb=100, runtime=5
+    shell: "{resources.mpi} -n {resources.tasks} sh -c 'echo $SLURM_PROCID $(hostname)' > {output}"
+rule one:
+    output: "out/{i}"
+    shell: "hostname > {output}"
+"""
+
+PATIENT = """
+rule mpi:
+    output: "out"
+    resources: mpi="srun", nodes=2, tasks_per_node=2
+    shell:
+        "srun hostname > seen.$SLURM_JOB_ID; "
+        "[ -e go ] || {{ touch begun; srun sleep 1000; }}; "
+        "mv seen.$SLURM_JOB_ID {output}"
+"""
+
+GROUP = """
+rule all:
+    input: "b"
+rule mpi:
+    output: "a"
+    group: "together"
+    resources: mpi="srun", nodes=2, tasks=2
+    shell: "srun hostname > {output}"
+rule after:
+    input: "a"
+    output: "b"
+    group: "together"
+    shell: "cp {input} {output}"
+"""
+
+
+@pytest.mark.parametrize("api", ["cli", "auto"])
+def test_an_mpi_job_runs_its_ranks_on_two_vms_beside_other_jobs(site: Site, api: str) -> None:
+    site.write(MPI)
+    done = site.run("--schlouder-slurm-api", api)
+    assert done.returncode == 0, done.stdout
+    lines = (site.directory / "out" / "mpi").read_text().splitlines()
+    ranks, hosts = zip(*(line.split() for line in sorted(lines)), strict=True)
+    assert ranks == ("0", "1", "2", "3")
+    assert sorted(hosts.count(host) for host in set(hosts)) == [2, 2]
+    assert not {(site.directory / "out" / str(i)).read_text().strip() for i in range(3)} & set(
+        hosts
+    )
+    told = re.search(
+        r"(schlouder-\w+-\d+) \([^)]*\)[^[]*\[[^]]*companion of (\S+)\]",
+        " ".join(done.stdout.split()),
+    )
+    assert told is not None and set(told.groups()) == set(hosts), done.stdout
+    assert len(re.findall(r"complete +mpi", done.stdout)) == 2, "shown on both VMs"
+
+
+@pytest.mark.parametrize("killed", ["leader", "companion"])
+def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed: str) -> None:
+    site.write(PATIENT)
+    process = site.start()
+    try:
+        wait_for((site.directory / "begun").exists, lambda: "the job has not begun")
+        (seen,) = site.directory.glob("seen.*")
+        first = sorted(set(seen.read_text().split()))
+        (site.directory / "go").touch()
+        ids = {_node(instance): instance["InstanceId"] for instance in site.instances()}
+        lost = first[killed == "companion"]
+        site.ec2().terminate_instances(InstanceIds=[ids[lost]])
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    second = (site.directory / "out").read_text().split()
+    assert sorted(second.count(host) for host in set(second)) == [2, 2]
+    assert not set(first) & set(second)
+    (other,) = set(first) - {lost}
+    assert re.search(rf"VM \S+ \({lost}\) is given up: ", output), output
+    assert re.search(rf"VM \S+ \({other}\) is given up: its gang lost {lost}: ", output), output
+
+
+def test_a_group_with_a_job_over_several_vms_is_refused(site: Site) -> None:
+    site.write(GROUP)
+    before = len(site.instances())
+    done = site.run()
+    assert done.returncode == 1
+    assert "nodes: 2 is not allowed; a job over several VMs cannot be in a group" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert len(site.instances()) == before
+
+
+def _node(instance: object) -> str:
+    assert isinstance(instance, dict)
+    return next(str(tag["Value"]) for tag in instance["Tags"] if tag["Key"] == "schlouder:node")
