@@ -234,6 +234,7 @@ class Broker:
     def adopt(self, left: Remains) -> None:
         """Goes on with what a killed run of this name has left; before the first tick."""
         self._vm_count = left.vm_count
+        self._gangs.adopt(left.vms)
         for vm in left.vms:
             if vm.state == VMState.REQUESTED:
                 vm.state = VMState.PLANNED
@@ -247,7 +248,8 @@ class Broker:
         for vm in left.vms:
             vm.idle_since = self._now if vm.is_unused else None
             vm.recount(self._now)
-            self._planner.adopt(vm)
+            if vm.leader is None:
+                self._planner.adopt(vm)
             self._machines.note(vm)
 
     @property

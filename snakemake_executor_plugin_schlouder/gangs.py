@@ -32,6 +32,16 @@ class Gangs:
             self._members[leader.name] = gang
         return gang
 
+    def adopt(self, vms: Sequence[VM]) -> None:
+        """Puts together what another process has assembled."""
+        named = {vm.name: vm for vm in vms}
+        for vm in vms:
+            if vm.leader is not None:
+                gang = self._members.setdefault(vm.leader, [named[vm.leader]])
+                gang.append(vm)
+                gang[0].nodes = len(gang)
+        self._up.update(vm.name for vm in vms if not vm.is_booting)
+
     def members(self, vm: VM) -> Sequence[VM]:
         """All VMs of the gang of `vm`, the leader first."""
         return self._members.get(vm.leader or vm.name, (vm,))

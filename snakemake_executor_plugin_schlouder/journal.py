@@ -23,9 +23,9 @@ from .model import VM, InstanceType, Need, SchlouderError, Task, TaskState, VMSt
 VERSION = 2
 
 _OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
-_VM = "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason"
+_VM = "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader"
 _TASK = (
-    "key, jobid, rule, name, strategy, cpus, memory, gpus, runtime_limit, planned, state, received, "
+    "key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, runtime_limit, planned, state, received, "
     "started, ended, vm, attempt, slurm_id, submission, turn, identity, content"
 )
 
@@ -45,8 +45,8 @@ CREATE TABLE tasks (
     name TEXT NOT NULL, strategy TEXT NOT NULL, cpus INTEGER NOT NULL, memory INTEGER NOT NULL,
     runtime_limit REAL, planned REAL, state TEXT NOT NULL, received REAL NOT NULL, started REAL,
     ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL,
-    gpus INTEGER NOT NULL, submission TEXT NOT NULL, turn INTEGER NOT NULL, identity TEXT NOT NULL,
-    content TEXT NOT NULL
+    gpus INTEGER NOT NULL, nodes INTEGER NOT NULL, submission TEXT NOT NULL, turn INTEGER NOT NULL,
+    identity TEXT NOT NULL, content TEXT NOT NULL
 ) STRICT;
 CREATE TABLE events (
     run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
@@ -186,7 +186,7 @@ class Journal:
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
-                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 22})",
+                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 23})",
                 [_task_row(run, task) for task in tasks],
             )
 
@@ -327,7 +327,7 @@ def _number(name: str) -> int:
 
 
 def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
-    name, strategy, kind, token, state, instance_id, requested, ready, ended, reason = row
+    name, strategy, kind, token, state, instance_id, requested, ready, ended, reason, leader = row
     return VM(
         name,
         strategy,
@@ -339,12 +339,13 @@ def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
         ready=ready,
         ended=ended,
         reason=reason,
+        leader=leader,
         is_adopted=True,
     )
 
 
 def _task_of(row: tuple[Any, ...]) -> Task:
-    key, jobid, rule, name, strategy, cpus, memory, gpus, *rest = row
+    key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, *rest = row
     limit, planned, state, received, started, ended, vm, attempt, slurm_id, *more = rest
     submission, turn, identity, content = more
     return Task(
@@ -353,7 +354,7 @@ def _task_of(row: tuple[Any, ...]) -> Task:
         rule,
         jobid,
         strategy,
-        Need(cpus, memory, gpus),
+        Need(cpus, memory, gpus, nodes=nodes),
         command="",
         limit=limit,
         planned=planned,
@@ -410,6 +411,7 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         task.slurm_id,
         task.reason,
         task.need.gpus,
+        task.need.nodes,
         task.submission,
         task.turn,
         task.identity,

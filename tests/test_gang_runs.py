@@ -76,9 +76,8 @@ def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed:
         (seen,) = site.directory.glob("seen.*")
         first = sorted(set(seen.read_text().split()))
         (site.directory / "go").touch()
-        ids = {_node(instance): instance["InstanceId"] for instance in site.instances()}
         lost = first[killed == "companion"]
-        site.ec2().terminate_instances(InstanceIds=[ids[lost]])
+        site.ec2().terminate_instances(InstanceIds=[_instance(site, lost)])
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -101,6 +100,8 @@ def test_a_group_with_a_job_over_several_vms_is_refused(site: Site) -> None:
     assert len(site.instances()) == before
 
 
-def _node(instance: object) -> str:
-    assert isinstance(instance, dict)
-    return next(str(tag["Value"]) for tag in instance["Tags"] if tag["Key"] == "schlouder:node")
+def _instance(site: Site, node: str) -> str:
+    found = site.ec2().describe_instances(
+        Filters=[{"Name": "tag:schlouder:node", "Values": [node]}]
+    )
+    return str(found["Reservations"][0]["Instances"][0]["InstanceId"])

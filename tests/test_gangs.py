@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rig import BIG, SMALL, Rig
+from test_takeover import killed_at, restart
 
 from snakemake_executor_plugin_schlouder.broker import MAX_BOOT_FAILURES
-from snakemake_executor_plugin_schlouder.model import Billing, Need, SlurmOptions, TaskState
+from snakemake_executor_plugin_schlouder.model import Billing, Need, SlurmOptions, Task, TaskState
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
@@ -80,6 +83,15 @@ def test_the_cap_counts_machines(tmp_path: Path, strategy: str) -> None:
     rig.run(900)
     assert rig.states() == [TaskState.COMPLETE] * 6
     assert rig.most_alive <= 5
+
+
+def test_idle_vms_make_room_for_a_gang_and_gangs_for_a_vm(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=2, billing=Billing(3600, 0, 50))
+    for values in ({}, PAIR, {}, PAIR):
+        rig.give(1, "fastest", **values)
+        rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE] * 4
+    assert rig.most_alive <= 2
 
 
 def test_a_companion_stays_while_its_leader_works_and_goes_with_it(rig: Rig) -> None:
@@ -241,6 +253,88 @@ def test_release_gives_back_the_whole_gang(rig: Rig) -> None:
     rig.broker.release()
     assert rig.world.alive() == []
     assert rig.world.nodes == {}
+
+
+def test_a_killed_run_goes_on_with_its_gangs(tmp_path: Path) -> None:
+    """Whenever it was killed: before or after any of its effects."""
+    for moment in itertools.count():
+        rig = Rig(tmp_path / str(moment), max_vms=5)
+        rig.cloud.allow_kill = True
+        tasks = [rig.give(1, "one-vm-for-all", identity=f"t{n}", **PAIR)[0] for n in range(3)]
+        tasks += rig.give(1, identity="single")
+        if not killed_at(rig, moment):
+            assert moment > 20, "it was killed in many places"
+            return
+        rig.world.pass_time(7)
+        rig.ended.clear()
+        restart(rig, tasks)
+        rig.run(3)
+        keys = [claimed(rig, task) for task in tasks]
+        rig.run(200)
+        assert [rig.ended[key].state for key in keys] == [TaskState.COMPLETE] * 4, moment
+        begun = [job.request.nodes for job in rig.world.jobs.values() if job.started is not None]
+        assert sorted(len(nodes) for nodes in begun) == [1, 2, 2, 2], moment
+        launched = [request.node for request in rig.cloud.launched]
+        assert len(launched) == len(set(launched)), moment
+        rig.broker.release()
+        assert rig.world.alive() == [], moment
+        assert rig.world.nodes == {}, moment
+
+
+def claimed(rig: Rig, task: Task) -> str:
+    """The key under which a task that is handed over again is waited for."""
+    again = rig.new_task(
+        **{name: getattr(task, name) for name in ("identity", "command", "strategy", "options")},
+        need=replace(task.need, memory=1000),
+    )
+    live = rig.broker.claim(again, changed=0.0, is_made=True)
+    if live is None:
+        rig.broker.submit([again])
+    return again.key if live is None else live.key
+
+
+@pytest.mark.parametrize("late", [LEADER, COMPANION])
+def test_a_gang_of_which_a_part_was_up_is_gone_on_with(rig: Rig, late: str) -> None:
+    (task,) = rig.give(1, identity="t", **PAIR)
+    rig.tick()
+    rig.world.machine_of(late).started += 10
+    rig.run(15)
+    assert set(rig.world.nodes) == {LEADER, COMPANION} - {late}
+    restart(rig, [task])
+    key = claimed(rig, task)
+    rig.run(60)
+    assert rig.ended[key].state == TaskState.COMPLETE
+    assert len(rig.cloud.launched) == 2
+
+
+def test_an_idle_gang_that_is_gone_on_with_serves_tasks_of_its_width_only(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, billing=Billing(3600, 0, 50))
+    rig.give(1, "one-vm-for-all", **PAIR)
+    rig.run(40)
+    restart(rig)
+    rig.give(1, "one-vm-for-all")
+    rig.give(1, "one-vm-for-all", **PAIR)
+    rig.run(60)
+    used = [job.request.nodes for job in rig.world.jobs.values()]
+    assert set(used) == {(LEADER, COMPANION), ("schlouder-r1-3",)}
+    assert len(rig.cloud.launched) == 3
+
+
+def test_a_gang_that_is_gone_on_with_is_lost_as_a_whole(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(1, seconds=50, identity="t", **PAIR)
+    rig.run(20)
+    restart(rig, [task])
+    key = claimed(rig, task)
+    rig.world.kill_machine(COMPANION)
+    rig.run(200)
+    assert rig.ended[key].state == TaskState.COMPLETE
+    assert [job.request.nodes for job in rig.world.jobs.values()] == [
+        (LEADER, COMPANION),
+        ("schlouder-r1-3", "schlouder-r1-4"),
+    ]
+    assert rig.world.alive() == []
 
 
 def test_tasks_over_several_vms_are_not_bundled(rig: Rig) -> None:
