@@ -435,18 +435,19 @@ class Broker:
         if self._machines.alive and self._now - self._described >= pause:
             self._describe()
 
-    def _describe(self) -> None:
-        """Brings the VMs up to what the cloud says; changes nothing if it says nothing."""
+    def _describe(self) -> bool:
+        """Brings the VMs up to what the cloud says; changes nothing, and is False, if it says nothing."""
         self._described = self._now
         try:
             listed = {instance.id: instance for instance in self._cloud.instances(self._config.run)}
         except CloudUnavailable as error:
             self._tell(f"EC2 does not answer, waiting for it: {error}", logging.WARNING)
-            return
+            return False
         self._end_orphans(listed.values())
         for vm in self._machines:
             if vm.instance_id is not None and vm.state != VMState.GONE:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
+        return True
 
     def _end_orphans(self, listed: Iterable[Instance]) -> None:
         """Machines of this run whose launch was never answered become their VM's, if that still waits for
@@ -687,8 +688,18 @@ class Broker:
     def _judge(self, task: Task, left: Exit) -> None:
         if left.code == 0:
             self._finish(task, TaskState.COMPLETE, "")
-        else:
+        elif not self._may_have_lost_a_machine(task):
             self._finish(task, TaskState.FAILED, _told(task, left))
+        elif self._gangs.is_gone(self._vm_of(task)):
+            self._rescue(self._vm_of(task), task)
+
+    def _may_have_lost_a_machine(self, task: Task) -> bool:
+        """Whether a task over several VMs failed because one of them was lost: the ranks on the others notice
+        that before Slurm and our next look at EC2."""
+        if task.need.nodes == 1:
+            return False
+        vm = self._vm_of(task)
+        return self._gangs.has_lost(vm) or not self._describe() or self._gangs.has_lost(vm)
 
     def _judge_failed(self, task: Task, status: JobStatus) -> None:
         """Slurm says that the job failed. A script that left exit code 0 had done its work by then, unless
@@ -738,7 +749,7 @@ class Broker:
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
         vm.active.pop(task.key, None)
-        task.slurm_id, task.started = None, None
+        task.slurm_id = task.started = task.ended = None
         if vm.is_open:
             task.state = TaskState.SCHEDULED
             vm.queue.appendleft(task)
@@ -811,7 +822,7 @@ class Broker:
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it: its own witness decides, else it runs again."""
         left = self._exit_of(task)
-        if left is not None:
+        if left is not None and (left.code == 0 or task.need.nodes == 1):
             task.ended = vm.ended
             self._judge(task, left)
         else:

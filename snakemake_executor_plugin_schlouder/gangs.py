@@ -66,6 +66,10 @@ class Gangs:
         """Whether no machine on which its tasks ran can write any more."""
         return all(member.state == VMState.GONE for member in self.members(vm))
 
+    def has_lost(self, vm: VM) -> bool:
+        """Whether one of the machines on which its tasks run was lost."""
+        return any(member.reason for member in self.members(vm))
+
     def torn(self) -> Iterator[tuple[VM, VM]]:
         """VMs that could go on but must not, because another one of their gang leaves, each with that."""
         for gang in self._members.values():

@@ -31,6 +31,19 @@ rule mpi:
         "mv seen.$SLURM_JOB_ID {output}"
 """
 
+ATTENTIVE = """
+rule mpi:
+    output: "out"
+    resources: mpi="srun", nodes=2, tasks=2
+    shell:
+        "srun sh -c 'echo $(hostname) $(hostname -I)' > seen.$SLURM_JOB_ID; "
+        "grep -v $(hostname) seen.$SLURM_JOB_ID > other.$SLURM_JOB_ID; "
+        "read other address < other.$SLURM_JOB_ID; "
+        "[ -e begun ] || {{ mv other.$SLURM_JOB_ID begun; "
+        "while timeout 1 bash -c ': <> /dev/tcp/'$address'/6818'; do sleep 0.1; done; exit 1; }}; "
+        "mv seen.$SLURM_JOB_ID {output}"
+"""
+
 GROUP = """
 rule all:
     input: "b"
@@ -88,6 +101,22 @@ def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed:
     (other,) = set(first) - {lost}
     assert re.search(rf"VM \S+ \({lost}\) is given up: ", output), output
     assert re.search(rf"VM \S+ \({other}\) is given up: its gang lost {lost}: ", output), output
+
+
+def test_ranks_that_fail_because_a_vm_was_lost_are_run_again(site: Site) -> None:
+    """They notice it before Slurm does, and before the next look at EC2."""
+    site.write(ATTENTIVE)
+    process = site.start()
+    try:
+        wait_for((site.directory / "begun").exists, lambda: "the job has not begun")
+        other = (site.directory / "begun").read_text().split()[0]
+        site.ec2().terminate_instances(InstanceIds=[_instance(site, other)])
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert other not in (site.directory / "out").read_text()
+    assert f"its gang lost {other}: " in output
 
 
 def test_a_group_with_a_job_over_several_vms_is_refused(site: Site) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import witness
 from rig import BIG, SMALL, Rig
 from test_takeover import killed_at, restart
 
@@ -144,6 +145,54 @@ def test_it_runs_again_only_when_all_its_machines_are_gone(rig: Rig) -> None:
             assert task.attempt == 1
     assert rig.ended[task.key].state == TaskState.COMPLETE
     assert task.attempt == 2
+
+
+@pytest.mark.parametrize("ec2_is_away", [False, True])
+def test_ranks_that_fail_because_a_machine_was_lost_are_no_failure(
+    rig: Rig, ec2_is_away: bool
+) -> None:
+    """They notice it before anybody else."""
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(1, seconds=100, **PAIR)
+    rig.run(20)
+    rig.world.kill_machine(COMPANION)
+    fails(rig, task)
+    rig.cloud.away = ec2_is_away
+    rig.run(2)
+    assert rig.ended == {}
+    rig.cloud.away = False
+    rig.run(200)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert (task.attempt, task.losses) == (2, 1)
+
+
+def test_they_are_no_failure_though_slurm_has_forgotten_them(rig: Rig) -> None:
+    rig.cloud.allow_kill = True
+    rig.world.end_time = 30.0
+    (task,) = rig.give(1, seconds=100, **PAIR)
+    rig.run(20)
+    rig.world.kill_machine(COMPANION)
+    fails(rig, task)
+    rig.slurm.forgotten.add(task.attempt_key)
+    rig.run(25)
+    assert task.attempt == 1
+    rig.run(200)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert (task.attempt, task.losses) == (2, 1)
+
+
+def test_ranks_that_fail_by_themselves_are_a_failure(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=100, **PAIR)
+    rig.run(20)
+    fails(rig, task)
+    rig.run(2)
+    assert rig.ended[task.key].reason == "ended with exit code 7"
+
+
+def fails(rig: Rig, task: Task) -> None:
+    witness(rig.config.files, f"{task.jobid}-rule.{task.attempt}", 7)
+    job = rig.world.jobs[task.attempt_key]
+    job.state, job.ended = "FAILED", rig.world.now
 
 
 def test_a_node_that_slurm_loses_takes_the_gang_along(rig: Rig) -> None:
