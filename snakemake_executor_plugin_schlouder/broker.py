@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -275,6 +275,8 @@ class Broker:
                 self._ended.append(live)
             for name in _CLAIMED:
                 setattr(live, name, getattr(task, name))
+            wanted = task.need
+            live.need = replace(live.need, gpu_model=wanted.gpu_model, constraint=wanted.constraint)
             live.is_wanted = True
             self._planner.has_come(live)
             return live

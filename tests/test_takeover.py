@@ -16,7 +16,7 @@ from rig import BIG, SMALL, Rig
 
 from snakemake_executor_plugin_schlouder import reattach
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, birth_of
-from snakemake_executor_plugin_schlouder.model import Task, TaskState, VMState
+from snakemake_executor_plugin_schlouder.model import Need, Task, TaskState, VMState
 from snakemake_executor_plugin_schlouder.pool import Announcement
 
 TYPES = {kind.name: kind for kind in (SMALL, BIG)}
@@ -136,6 +136,23 @@ def test_what_ended_while_nobody_looked_is_told_once(tmp_path: Path) -> None:
     assert rig.ended[keys["t"]].state == TaskState.COMPLETE
     assert keys["t"] == task.key
     assert len(rig.world.jobs) == 1
+
+
+def test_what_goes_on_needs_the_same_kind_of_vm_if_it_must_run_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(identity="t", need=Need(1, 1000, constraint=BIG.name))
+    rig.run(15)
+    restart(rig)
+    again = rig.new_task(
+        identity="t", command=task.command, need=Need(1, 1000, constraint=BIG.name)
+    )
+    live = rig.broker.claim(again, changed=0.0, is_made=False)
+    assert live is not None
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(60)
+    assert rig.ended[live.key].state == TaskState.COMPLETE
+    assert {request.type for request in rig.cloud.launched} == {BIG}
 
 
 def test_what_failed_meanwhile_is_run_anew(tmp_path: Path) -> None:
