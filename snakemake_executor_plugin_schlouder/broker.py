@@ -54,7 +54,16 @@ from .slurm import (
     SubmissionRefused,
     SubmitOutcome,
 )
-from .slurm.script import TIMED_OUT, BundledJob, Exit, bundle_script, exit_of, job_script, revoke
+from .slurm.script import (
+    TIMED_OUT,
+    BundledJob,
+    Exit,
+    bundle_script,
+    exit_of,
+    has_begun,
+    job_script,
+    revoke,
+)
 from .slurm.states import JobPhase, advice_on, failure_of, sentence_of
 
 MAX_LOSSES = 3
@@ -99,7 +108,8 @@ class BrokerConfig:
     """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
     `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
     waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
-    as soon as Slurm would, so that Slurm need not be asked every round."""
+    as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
+    job may run, for Slurm, before its script begins."""
 
     run: str
     workdir: Path
@@ -113,6 +123,7 @@ class BrokerConfig:
     sharing: bool = True
     order: str = order.SUBMISSION
     asks_seldom: bool = False
+    launch_timeout: float = math.inf
 
     @property
     def job_name(self) -> str:
@@ -167,11 +178,12 @@ class Broker:
         walltimes: Walltimes | None = None,
         witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
+        begun: Callable[[str], bool] = has_begun,
         script: Callable[[str, str, str], str] = job_script,
     ) -> None:
         """`witness` reads how a job's script ended from the file it left, None if there is none; `revoke`
-        forbids the script with this exit-code file to begin, and says whether it has begun; `script`
-        writes one that runs a command and leaves its exit code in a file."""
+        forbids the script with this exit-code file to begin, and says whether it has begun, as `begun`
+        does; `script` writes one that runs a command and leaves its exit code in a file."""
         self._config = config
         self._cloud = cloud
         self._cluster = cluster
@@ -183,6 +195,7 @@ class Broker:
         self._walltimes = walltimes or Walltimes()
         self._witness = witness
         self._revoke = revoke
+        self._begun = begun
         self._script = script
         self._lock = threading.RLock()
         self._now = clock()
@@ -586,10 +599,21 @@ class Broker:
             self._displaced(task, sentence_of(status.state))
         elif status.phase in (JobPhase.FAILED, JobPhase.DISPLACED, JobPhase.LOST):
             self._replace(task, sentence_of(status.state))
-        elif task.recalled:
+        elif task.recalled or self._is_launch_lost(task, status):
             self._recall([task])
         elif status.phase == JobPhase.WAITING:
             self._update_waiting(task, status)
+
+    def _is_launch_lost(self, task: Task, status: JobStatus) -> bool:
+        """Slurm says that the job runs, but its node never heard of it: slurmctld was restarted between
+        the two, and may take half an hour to notice. A slow prolog gets more time with every attempt."""
+        return (
+            status.state == "RUNNING"
+            and task.started is not None
+            and self._now - task.started > self._config.launch_timeout * task.attempt
+            and not self._bundles.holds(task)
+            and not self._begun(self._config.exit_file(task))
+        )
 
     def _update_waiting(self, task: Task, status: JobStatus) -> None:
         """A job that ran was put back into the queue by an operator. One that Slurm will not start by
@@ -629,10 +653,12 @@ class Broker:
 
     def _replace(self, task: Task, why: str) -> None:
         """A submission has ended without the task's doing. Where the machine is the cause, the task waits
-        until that is gone: it may still write."""
-        vm = self._vm_of(task)
+        until that is gone: it may still write. One that was taken back may have been done by then."""
+        vm, left = self._vm_of(task), self._exit_of(task)
         if self._gangs.is_gone(vm):
             self._rescue(vm, task)
+        elif task.recalled and left is not None and left.code == 0:
+            self._judge(task, left)
         elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
             self._again(vm, task)
         else:

@@ -54,6 +54,7 @@ _PAUSE_BUSY = 0.5
 _PAUSE_QUIET = 1.0
 _LOOK_UP = 0.05
 _FAILED_ROUNDS = 60
+_LAUNCH_TIMEOUT = 300.0
 
 
 class Executor(RemoteExecutor):
@@ -237,6 +238,7 @@ class Executor(RemoteExecutor):
             sharing=config.sharing,
             order=config.order,
             asks_seldom=True,
+            launch_timeout=_LAUNCH_TIMEOUT,
         )
         broker_config.files.mkdir(parents=True, exist_ok=True)
         self._sweeper = Sweeper(self._workdir, self._run)

@@ -43,7 +43,7 @@ from .slurm import (
     SubmissionRefused,
     SubmitOutcome,
 )
-from .slurm.script import Exit, exit_of, revoke
+from .slurm.script import Exit, exit_of, has_begun, revoke
 from .slurm.states import JobPhase
 
 VERSION = 1
@@ -349,12 +349,14 @@ class Senses:
     clock: Callable[[], float]
     witness: Callable[[str], Exit | None]
     revoke: Callable[[str], bool]
+    begun: Callable[[str], bool]
 
     def on(self, tape: Tape) -> Senses:
         return Senses(
             clock=lambda: tape.call("clock", None, self.clock),
             witness=lambda path: tape.call("witness", Path(path).name, lambda: self.witness(path)),
             revoke=lambda path: tape.call("revoke", Path(path).name, lambda: self.revoke(path)),
+            begun=lambda path: tape.call("begun", Path(path).name, lambda: self.begun(path)),
         )
 
 
@@ -374,6 +376,7 @@ class RecordedBroker(Broker):
         sleep: Callable[[float], None] = time.sleep,
         witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
+        begun: Callable[[str], bool] = has_begun,
         boots: LearnedBoots | None = None,
         walltimes: Walltimes | None = None,
     ) -> None:
@@ -393,6 +396,7 @@ class RecordedBroker(Broker):
             sleep=sleep,
             witness=senses.witness,
             revoke=senses.revoke,
+            begun=senses.begun,
             boots=boots,
             walltimes=walltimes,
         )
@@ -543,7 +547,7 @@ def known_of(lines: Iterable[Line]) -> tuple[LearnedBoots, Walltimes]:
 
 def _player_broker(player: Player, lines: Sequence[Line]) -> Broker:
     boots, walltimes = known_of(lines)
-    senses = Senses(time.time, exit_of, revoke).on(player)
+    senses = Senses(time.time, exit_of, revoke, has_begun).on(player)
     return Broker(
         config_of(lines),
         TapedCloud(player, None),
@@ -554,6 +558,7 @@ def _player_broker(player: Player, lines: Sequence[Line]) -> Broker:
         sleep=lambda seconds: None,
         witness=senses.witness,
         revoke=senses.revoke,
+        begun=senses.begun,
         boots=boots,
         walltimes=walltimes,
     )

@@ -44,6 +44,8 @@ class Machine:
 
 @dataclass
 class SlurmJob:
+    """`unlaunched`: slurmctld says that it runs, and no node has heard of it."""
+
     request: JobRequest
     slurm_id: str
     walltime: float
@@ -53,6 +55,7 @@ class SlurmJob:
     started: float | None = None
     ended: float | None = None
     bundled: list[BundledJob] = field(default_factory=list)
+    unlaunched: bool = False
 
     @property
     def task(self) -> str:
@@ -144,6 +147,7 @@ class World:
         elif (
             job.state == "RUNNING"
             and job.started is not None
+            and not job.unlaunched
             and all(self.machine_of(node).instance.is_alive for node in nodes)
             and self.now >= job.started + job.walltime
         ):

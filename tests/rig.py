@@ -51,14 +51,17 @@ class Rig:
             clock=self.world.clock,
             sleep=self.world.sleep,
             revoke=self._revoke,
+            begun=self._begun,
         )
 
     def _revoke(self, exit_file: str) -> bool:
-        """As the marker files do for a real script; `3-rule.1.exit` is that of r1-3.1."""
-        number, attempt = Path(exit_file).name.split("-rule.")
-        key = f"r1-{number}.{attempt.removesuffix('.exit')}"
-        self.world.revoked.add(key)
-        return key in self.world.jobs and self.world.jobs[key].started is not None
+        """As the marker files do for a real script."""
+        self.world.revoked.add(_key(exit_file))
+        return self._begun(exit_file)
+
+    def _begun(self, exit_file: str) -> bool:
+        job = self.world.jobs.get(_key(exit_file))
+        return job is not None and job.started is not None and not job.unlaunched
 
     def give(
         self, count: int = 1, strategy: str = "one-vm-per-job", **values: object
@@ -98,3 +101,9 @@ class Rig:
 
     def states(self) -> list[TaskState]:
         return [task.state for task in self.ended.values()]
+
+
+def _key(exit_file: str) -> str:
+    """`3-rule.1.exit` is that of r1-3.1."""
+    number, attempt = Path(exit_file).name.split("-rule.")
+    return f"r1-{number}.{attempt.removesuffix('.exit')}"

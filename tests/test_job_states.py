@@ -159,6 +159,20 @@ def test_ten_minutes_without_slurm_that_then_knows_none_of_the_jobs(rig: Rig) ->
     assert (running.state, running.attempt) == (TaskState.COMPLETE, 1)
 
 
+def test_a_job_no_node_has_heard_of_is_taken_back_and_runs_on_its_vm(tmp_path: Path) -> None:
+    """slurmctld was restarted between its decision and the node's hearing of it; another job goes on."""
+    rig = Rig(tmp_path, launch_timeout=100.0)
+    lost, running = rig.give(2, strategy="one-vm-for-all", seconds=400)
+    rig.run(20)
+    rig.world.jobs[lost.attempt_key].unlaunched = True
+    rig.run(80)
+    assert lost.attempt == 1
+    rig.run(600)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert (lost.attempt, running.attempt) == (2, 1)
+    assert len(rig.cloud.launched) == 1
+
+
 def test_while_nothing_moves_slurm_is_seldom_asked_for_nodes(rig: Rig) -> None:
     rig.give(1, seconds=600)
     rig.run(20)

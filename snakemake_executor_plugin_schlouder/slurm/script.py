@@ -110,6 +110,11 @@ def revoke(exit_file: str) -> bool:
     """
     with contextlib.suppress(OSError):
         Path(exit_file + REVOKED).touch()
+    return has_begun(exit_file)
+
+
+def has_begun(exit_file: str) -> bool:
+    """Whether the script with this exit-code file has begun."""
     return Path(exit_file + BEGUN).exists()
 
 
