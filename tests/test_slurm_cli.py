@@ -276,7 +276,12 @@ def test_a_refused_submission_says_why_and_a_silent_one_is_tried_again(path: Pat
     (refused,) = SlurmCommands("schlouder").submit([REQUEST])
     assert isinstance(refused, SubmissionRefused)
     assert "Invalid qos" in str(refused)
-    commands(path, sbatch="echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    for words in ("Socket timed out on send/recv operation", "Transport endpoint is not connected"):
+        check_it_is_tried_again(path, words)
+
+
+def check_it_is_tried_again(path: Path, words: str) -> None:
+    commands(path, sbatch=f"echo 'Batch job submission failed: {words}' >&2; exit 1")
     outcomes = SlurmCommands("schlouder").submit([REQUEST] * 100)
     assert {type(outcome) for outcome in outcomes} == {ClusterUnavailable}
     assert len(outcomes) < 50, "the rest is not tried"

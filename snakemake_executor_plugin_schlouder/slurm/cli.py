@@ -5,6 +5,8 @@ Argument lists are built and outputs parsed by pure functions; only `SlurmComman
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import re
 import shutil
@@ -37,14 +39,20 @@ SIDE_BY_SIDE = 4
 """Submissions at a time: sbatch mostly waits for the controller."""
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused")
+_BROKEN = (
+    *(errno.EAGAIN, errno.ECONNABORTED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH),
+    *(errno.ENOTCONN, errno.EPIPE, errno.ETIMEDOUT),
+)
+"""What becomes of a connection to a slurmctld that ends or is restarted meanwhile."""
+
 TRANSIENT_SUBMIT = (
     *_UNREACHABLE,
-    "temporarily unable",
-    "Slurm temporarily",
-    "Resource temporarily unavailable",
-    "Zero Bytes were transmitted",
-    "Protocol authentication error",
+    *(os.strerror(number) for number in _BROKEN),
+    *("Message send failure", "Message receive failure", "Communication "),
+    *("temporarily unable", "Slurm temporarily", "in standby mode"),
+    *("Zero Bytes were transmitted", "Protocol authentication error"),
 )
+"""Words of sbatch after which the job may have arrived, or can be submitted later."""
 _JOB_FORMAT = "%i|%T|%S|%e|%k|%r"
 _NODE_FORMAT = "%N|%T|%E"
 _WITHHELD = (
