@@ -177,6 +177,8 @@ def test_a_failure_says_who_ended_the_job_and_what_it_had_asked_for(
         ("launch failed requeued held", "scontrol release 17"),
         ("BadConstraints", "constraint"),
         ("InvalidAccount", "slurm_account"),
+        ("Job's account not known, so it can't use this partition (p allows a)", "slurm_account"),
+        ("Job's QOS not permitted to use this partition (p allows a not b)", "qos"),
         ("InvalidQOS", "qos"),
         ("ReservationDeleted", "reservation"),
         ("DependencyNeverSatisfied", "dependency"),

@@ -57,7 +57,8 @@ _STATES: dict[str, tuple[JobPhase, str]] = {
 }
 
 _UNEXPECTED_ENDS = {
-    "JobLaunchFailure": "could not be launched (is its directory on the VM?)",
+    "JobLaunchFailure": "was ended by its node: it could not be launched there (is its directory on the "
+    "VM?), or used more memory than its mem_mb",
     "Prolog": "could not be launched: the node's prolog failed",
     "SystemFailure": "was ended by a failure of Slurm, the file system or the network",
 }
@@ -78,10 +79,13 @@ _STUCK: tuple[tuple[str, str], ...] = (
         "its VM cannot satisfy it; look at the rule's constraint, gres and slurm_extra",
     ),
     (
-        "InvalidAccount|AccountNotAllowed",
+        "InvalidAccount|AccountNotAllowed|Job's.account.not.*",
         "look at the rule's slurm_account, and whether the partition allows it",
     ),
-    ("InvalidQOS|QOSNotAllowed", "look at the rule's qos, and whether the partition allows it"),
+    (
+        "InvalidQOS|QOSNotAllowed|Job's.QOS.not.*",
+        "look at the rule's qos, and whether the partition allows it",
+    ),
     ("ReservationDeleted", "the rule's reservation is no more; give it up (scancel {id})"),
     ("DependencyNeverSatisfied", "look at the dependency in the rule's slurm_extra"),
     (
@@ -101,7 +105,8 @@ _STUCK: tuple[tuple[str, str], ...] = (
         "Slurm keeps its node from taking jobs; `scontrol show reservation` and `sinfo -R` may say why",
     ),
 )
-"""Pending reasons that do not pass by themselves, and what to do."""
+"""Pending reasons that do not pass by themselves, and what to do; squeue shows slurmctld's own sentence
+instead of the reason's name, if there is one."""
 
 
 def phase_of(state: str) -> JobPhase:
