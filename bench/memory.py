@@ -163,3 +163,5 @@ class _World:
 
     def delete(self, node: str) -> bool:
         return True
+
+    def hurry(self) -> None: ...

@@ -98,6 +98,7 @@ _LAUNCH_BACKOFF = 60.0
 _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
 _RELEASE_PATIENCE = 30.0
+_NODE_PATIENCE = 10.0
 _RELEASE_PAUSE = 0.2
 _LAST_BREATH = 2.0
 _CONSOLE_LINES = 15
@@ -224,6 +225,8 @@ class Broker:
         self._refusal = ""
         self._stopping = False
         self._why_stopping = "the run is being ended"
+        self._is_over = False
+        self._is_cancelled = False
         self._released = False
         self._vm_count = 0
         self._described = -math.inf
@@ -371,6 +374,12 @@ class Broker:
         own, bundle = Path(self._config.log_file(task)), Path(self._config.bundle_log(task))
         return bundle if bundle.exists() and not own.exists() else own
 
+    def hurry(self) -> None:
+        """The user waits for the end: Slurm is waited for only shortly from now on, also by a round that
+        another thread is in. Returns at once."""
+        self._stopping = True
+        self._cluster.hurry()
+
     def release(self) -> None:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
         confirmed it, or says what it could not do.
@@ -382,7 +391,7 @@ class Broker:
         with self._lock:
             self._now = self._clock()
             left = [vm for vm in self._machines if not vm.is_settled]
-            if self._released or not len(self._machines):
+            if self._is_over or not len(self._machines):
                 return
             self._drop_unsubmitted()
             foreign = self._clear_slurm()
@@ -391,8 +400,8 @@ class Broker:
             self._terminate_all(doomed)
             self._released = self._await_end(doomed)
             self._flush()
-            for vm in left:
-                self._tell_what_is_left(vm, foreign)
+            self._tell_what_is_left(left, foreign)
+            self._is_over = True
 
     # -- observe
 
@@ -415,7 +424,7 @@ class Broker:
                 self._recall([live])
 
     def _observe_cluster(self) -> ClusterView | None:
-        if not self._machines.unsettled:
+        if self._is_over or not self._machines.unsettled:
             return None
         if self._config.asks_seldom and not self._is_asking_due():
             return self._bundles.spread(ClusterView(is_complete=False))
@@ -447,7 +456,7 @@ class Broker:
         moving = self._machines.has(*_MOVING)
         often = self._config.describe_every
         pause = often if moving else max(often, _DESCRIBE_SELDOM)
-        if self._machines.alive and self._now - self._described >= pause:
+        if self._machines.alive and self._now - self._described >= pause and not self._is_over:
             self._describe()
 
     def _describe(self) -> bool:
@@ -1115,15 +1124,24 @@ class Broker:
 
     def _clear_slurm(self) -> Mapping[str, list[str]]:
         """Cancels the run's jobs, stops the nodes from taking others; returns the nodes with jobs of
-        somebody else, by name."""
+        somebody else, by name. A job that could not be cancelled does nothing if it begins after all."""
         names = [vm.name for vm in self._machines.having(VMState.READY, VMState.DRAINING)]
-        self._try_cluster(lambda: self._cluster.cancel_run(self._config.job_name))
+        if not self._cancel_jobs():
+            for task in self._submitted.values():
+                self._revoke(self._config.exit_file(task))
         self._try_cluster(lambda: self._cluster.drain(names, "schlouder: the run has ended"))
         try:
             return self._cluster.foreign_jobs(self._config.job_name)
         except ClusterUnavailable as error:
             self._log.warning(f"Slurm does not answer; VMs are given back all the same: {error}")
             return {}
+
+    def _cancel_jobs(self) -> bool:
+        """Once; False as long as Slurm has not heard of it."""
+        self._is_cancelled = self._is_cancelled or self._try_cluster(
+            lambda: self._cluster.cancel_run(self._config.job_name)
+        )
+        return self._is_cancelled
 
     def _give_up_submitted(self) -> None:
         for task in self._submitted.values():
@@ -1156,24 +1174,31 @@ class Broker:
 
     def _await_end(self, vms: Sequence[VM]) -> bool:
         """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
-        machine that is ending costs nothing more, so that its last breath is waited for only shortly.
-        False if that did not come about."""
+        machine that is ending costs nothing more, so that its last breath is waited for only shortly,
+        and its node, which never did, not much longer. False if that did not come about."""
         begun = asked = self._now
         while self._now - begun < _RELEASE_PATIENCE:
             self._describe()
-            for vm in vms:
-                if not vm.node_deleted:
-                    self._remove_node(vm)
-            safe = all(vm.ending and vm.node_deleted for vm in vms)
-            late = self._now - begun > _LAST_BREATH
-            if safe and (late or all(vm.state == VMState.GONE for vm in vms)):
+            self._remove_nodes(vms)
+            waited, ending = self._now - begun, all(vm.ending for vm in vms)
+            gone = waited > _LAST_BREATH or all(vm.state == VMState.GONE for vm in vms)
+            if ending and gone and all(vm.node_deleted for vm in vms):
                 return True
+            if ending and waited > _NODE_PATIENCE:
+                return False
             self._sleep(_RELEASE_PAUSE)
             self._now = self._clock()
             if self._now - asked > self._config.describe_every:
                 asked = self._now
                 self._terminate_all([vm for vm in vms if not vm.ending])
         return False
+
+    def _remove_nodes(self, vms: Sequence[VM]) -> None:
+        """Not before Slurm has ended what was pinned to them, as in `_forget_node`."""
+        if self._cancel_jobs():
+            for vm in vms:
+                if not vm.node_deleted:
+                    self._remove_node(vm)
 
     def _remove_node(self, vm: VM) -> None:
         """A node that is still busy with our own ending jobs must be down before Slurm deletes it."""
@@ -1182,14 +1207,17 @@ class Broker:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
             self._delete_node(vm)
 
-    def _tell_what_is_left(self, vm: VM, foreign: Mapping[str, list[str]]) -> None:
-        if not vm.ending:
-            self._log.warning(f"{self._name(vm)} is still there: {self._why_kept(vm, foreign)}")
-        elif not vm.node_deleted:
+    def _tell_what_is_left(self, vms: Sequence[VM], foreign: Mapping[str, list[str]]) -> None:
+        for vm in vms:
+            if not vm.ending:
+                self._log.warning(f"{self._name(vm)} is still there: {self._why_kept(vm, foreign)}")
+        names = ",".join(vm.name for vm in vms if vm.ending and not vm.node_deleted)
+        if names:
             self._log.warning(
-                f"Slurm still has the node {vm.name}; remove it with "
-                f"`scontrol update nodename={vm.name} state=down reason=gone` and "
-                f"`scontrol delete nodename={vm.name}`"
+                "Slurm still has nodes of machines that are gone; remove them with "
+                f"`scancel --name={self._config.job_name}`, "
+                f"`scontrol update nodename={names} state=down reason=gone` and "
+                f"`scontrol delete nodename={names}`"
             )
 
     def _why_kept(self, vm: VM, foreign: Mapping[str, list[str]]) -> str:
@@ -1203,12 +1231,15 @@ class Broker:
 
     # -- small change
 
-    def _try_cluster(self, action: Callable[[], object]) -> None:
-        """For what may be left undone when Slurm is away: it is repeated or has no effect on cost."""
+    def _try_cluster(self, action: Callable[[], object]) -> bool:
+        """For what may be left undone when Slurm is away: it is repeated or has no effect on cost. Returns
+        whether it is done."""
         try:
             action()
         except ClusterUnavailable as error:
             self._tell(f"Slurm does not answer: {error}", logging.WARNING)
+            return False
+        return True
 
     def _vm_of(self, task: Task) -> VM:
         """The VM of a task that has one."""

@@ -172,8 +172,10 @@ class Executor(RemoteExecutor):
     # -- Snakemake ends
 
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
-        """Ends everything of this run. The list may lack jobs that are being checked just now, so the
-        broker's own books count."""
+        """Ends everything of this run, which somebody waits for. The list may lack jobs that are being
+        checked just now, so the broker's own books count."""
+        if self._broker is not None:
+            self._broker.hurry()
         self._give_back()
 
     def shutdown(self) -> None:
@@ -569,7 +571,7 @@ class Executor(RemoteExecutor):
         if task.state == TaskState.COMPLETE:
             self.report_job_success(info)
         elif task.state == TaskState.CANCELLED:
-            self._dropped += 1
+            self._dropped += task.started is None
             self.workflow.scheduler.error_callback(info.job)
         else:
             self._report_failure(info, task)

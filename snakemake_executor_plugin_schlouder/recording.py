@@ -319,6 +319,11 @@ class TapedCluster:
     def delete(self, node: str) -> bool:
         return self.tape.call("cluster.delete", node, lambda: _there(self.real).delete(node))
 
+    def hurry(self) -> None:
+        """Asks nothing and comes at any moment, so it is not recorded."""
+        if self.real is not None:
+            self.real.hurry()
+
 
 @dataclass
 class TapedBooks:
@@ -385,7 +390,7 @@ class RecordedBroker(Broker):
         boots, walltimes = boots or LearnedBoots(), walltimes or Walltimes()
         recorder.note("run", VERSION, config)
         recorder.note("known", {"boots": boots.state, "walltimes": walltimes.state})
-        senses = Senses(clock, witness, revoke).on(recorder)
+        senses = Senses(clock, witness, revoke, begun).on(recorder)
         super().__init__(
             config,
             TapedCloud(recorder, cloud),
@@ -418,6 +423,10 @@ class RecordedBroker(Broker):
 
     def stop(self) -> None:
         self._asked_to_stop = True
+
+    def hurry(self) -> None:
+        self.stop()
+        self._cluster.hurry()
 
     def tick(self) -> list[Task]:
         with self._lock:

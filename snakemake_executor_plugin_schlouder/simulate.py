@@ -200,6 +200,8 @@ class _World:
     def delete(self, node: str) -> bool:
         return True
 
+    def hurry(self) -> None: ...
+
     # -- time
 
     def happen(self, kind: str, name: str) -> str | None:

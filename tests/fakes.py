@@ -241,11 +241,13 @@ class FakeCloud:
 
 
 class FakeSlurm:
-    """`refuse` names tasks that sbatch rejects; `away` makes every call fail."""
+    """`refuse` names tasks that sbatch rejects; `away` makes every call fail, after `silence` seconds unless
+    in a hurry."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.away = False
+        self.silence = 0.0
         self.refuse: set[str] = set()
         self.forgotten: set[str] = set()
         self.deleted: list[str] = []
@@ -344,8 +346,12 @@ class FakeSlurm:
         self.deleted.append(node)
         return True
 
+    def hurry(self) -> None:
+        self.silence = 0.0
+
     def _answer(self) -> None:
         if self.away:
+            self.world.pass_time(self.silence)
             raise ClusterUnavailable("away")
 
 

@@ -403,6 +403,23 @@ def test_release_ends_machines_though_slurm_is_away(rig: Rig) -> None:
     assert rig.world.alive() == []
 
 
+def test_release_waits_neither_long_nor_again_for_a_slurm_that_is_away(rig: Rig) -> None:
+    """Twenty nodes cannot be deleted; the machines are gone, and a job that comes late does not begin."""
+    rig.cloud.allow_kill = True
+    rig.give(20, seconds=500)
+    rig.run(20)
+    rig.slurm.away, rig.slurm.silence = True, 18.0
+    before = rig.world.now
+    rig.broker.hurry()
+    for _ in range(3):
+        rig.broker.release()
+        rig.tick()
+    assert rig.world.now - before < 20
+    assert rig.world.alive() == []
+    assert rig.states() == [TaskState.CANCELLED] * 20
+    assert len(rig.world.revoked) == 20
+
+
 def test_a_vm_with_somebody_else_s_job_is_kept(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.give(1, seconds=5)
     rig.run(12)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,7 +161,7 @@ def test_what_a_state_means(state: str, phase: JobPhase) -> None:
         ("CANCELLED by 4294967", "", None, "in Slurm by the user with id 4294967"),
         ("CANCELLED", "BeginTime", None, "was cancelled in Slurm (Slurm: CANCELLED)"),
         ("FAILED", "NonZeroExitCode", None, "non-zero exit code (Slurm: FAILED, NonZeroExitCode)"),
-        ("FAILED", "JobLaunchFailure", None, "could not be launched"),
+        ("FAILED", "JobLaunchFailure", None, "could not be launched there"),
         ("DEADLINE", "DeadLine", None, "could not end before its deadline (Slurm: DEADLINE)"),
     ],
 )
@@ -327,6 +329,24 @@ def test_other_peoples_jobs_are_told_from_ours_whatever_their_names(path: Path) 
 def test_output_that_is_no_text_is_no_crash(path: Path) -> None:
     commands(path, sinfo="printf 'n1|idle|caf\\351\\n'")
     assert SlurmCommands("schlouder").view("run").nodes["n1"].accepts_jobs
+
+
+def test_in_a_hurry_nobody_waits_long_for_a_silent_slurm(path: Path) -> None:
+    """Neither who waits already, nor who asks a hundred times; and no further job is handed over."""
+    commands(path, squeue="exec sleep 50", sbatch="echo 12")
+    slurm = SlurmCommands("schlouder")
+    begun = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(slurm.view, "run")
+        time.sleep(0.5)
+        slurm.hurry()
+        with pytest.raises(ClusterUnavailable, match=r"squeue: no answer in [56] s"):
+            waiting.result()
+    for _ in range(100):
+        with pytest.raises(ClusterUnavailable):
+            slurm.view("run")
+    assert time.monotonic() - begun < 10
+    assert slurm.submit([REQUEST] * 3) == []
 
 
 def test_a_job_is_gone_only_when_slurm_says_so(path: Path) -> None:

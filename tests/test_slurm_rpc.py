@@ -183,7 +183,7 @@ def test_a_process_that_ends_amid_a_submission_leaves_it_open_and_the_commands_g
 
 
 def test_a_process_that_hangs_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snakemake_executor_plugin_schlouder.slurm.rpc.TIMEOUT", 5.0)
+    monkeypatch.setattr("snakemake_executor_plugin_schlouder.slurm.cli.TIMEOUT", 5.0)
     sign = path / "hang"
     hang = (
         f"import os, time\n        while os.path.exists({str(sign)!r}): time.sleep(0.1)\n        "

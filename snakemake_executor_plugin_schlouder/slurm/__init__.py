@@ -162,3 +162,8 @@ class Cluster(Protocol):
     def delete(self, node: str) -> bool:
         """Removes the node's record. False: it still has a job, ask again; an unknown node is True."""
         ...
+
+    def hurry(self) -> None:
+        """Somebody waits for the end of the run: from now on Slurm is given seconds to answer, also by a
+        call that another thread has under way. Returns at once."""
+        ...

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,12 @@ OLDEST = (22, 5)
 DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
+
+LOOK = 0.25
+"""Seconds after which whoever waits for Slurm looks whether that is still worth it."""
+
+_HURRIED = 5.0
+_REST = 3.0
 
 SIDE_BY_SIDE = 4
 """Submissions at a time: sbatch mostly waits for the controller."""
@@ -177,14 +184,43 @@ def _time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
+class Patience:
+    """How long Slurm is waited for, by every thread that asks it. In a hurry that is short, and once it was
+    in vain nobody asks for some seconds: many questions, one for each VM say, cost little more than one."""
+
+    def __init__(self) -> None:
+        self.is_short = False
+        self._rested = -math.inf
+
+    def hurry(self) -> None:
+        self.is_short = True
+
+    def is_over(self, begun: float) -> bool:
+        """Whether one who has waited since `begun` (monotonic) is to give up."""
+        now = time.monotonic()
+        over = now - begun > (_HURRIED if self.is_short else TIMEOUT)
+        if over and self.is_short:
+            self._rested = now + _REST
+        return over
+
+    def check(self) -> None:
+        """Raises ClusterUnavailable while nobody is to ask."""
+        if time.monotonic() < self._rested:
+            raise ClusterUnavailable("no answer a moment ago")
+
+
 def submit_side_by_side(
-    jobs: Sequence[JobRequest], submit: Callable[[JobRequest], SubmitOutcome], width: int
+    jobs: Sequence[JobRequest],
+    submit: Callable[[JobRequest], SubmitOutcome],
+    width: int,
+    patience: Patience,
 ) -> list[SubmitOutcome]:
-    """Outcomes of `submit`, called `width` at a time; none is begun once Slurm has stopped answering."""
+    """Outcomes of `submit`, called `width` at a time; none is begun once Slurm has stopped answering, or in a
+    hurry."""
     silent = threading.Event()
 
     def submitted(job: JobRequest) -> SubmitOutcome | None:
-        if silent.is_set():
+        if silent.is_set() or patience.is_short:
             return None
         outcome = submit(job)
         if isinstance(outcome, ClusterUnavailable):
@@ -205,6 +241,7 @@ class SlurmCommands:
     def __init__(self, partition: str, passed: Collection[str] = ()) -> None:
         """`passed` names the secrets of the environment that jobs may have."""
         self.partition = partition
+        self.patience = Patience()
         self._passed = frozenset(passed)
 
     def check(self) -> ClusterInfo:
@@ -232,7 +269,7 @@ class SlurmCommands:
         return _environment(self._passed)
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
-        return submit_side_by_side(jobs, self.submit_one, SIDE_BY_SIDE)
+        return submit_side_by_side(jobs, self.submit_one, SIDE_BY_SIDE, self.patience)
 
     def submit_one(self, job: JobRequest) -> SubmitOutcome:
         try:
@@ -312,6 +349,9 @@ class SlurmCommands:
         self._raise_unreachable(done)
         return False
 
+    def hurry(self) -> None:
+        self.patience.hurry()
+
     def _expand(self, nodes: str) -> list[str]:
         """The names in a node list such as `n[1-3],m2`."""
         if "[" not in nodes:
@@ -355,20 +395,36 @@ class SlurmCommands:
 
     def _run(self, arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
-        try:
-            return subprocess.run(
-                arguments,
-                input=stdin,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=TIMEOUT,
-                start_new_session=True,
-                check=False,
-                env=self.environment(),
-            )
-        except subprocess.TimeoutExpired:
-            raise ClusterUnavailable(f"{arguments[0]}: no answer in {TIMEOUT:.0f} s") from None
+        self.patience.check()
+        with subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+            env=self.environment(),
+        ) as process:
+            try:
+                output = self._talk(process, arguments[0], stdin)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(arguments, process.returncode, *output)
+
+    def _talk(
+        self, process: subprocess.Popen[str], name: str, stdin: str | None
+    ) -> tuple[str, str]:
+        """The two outputs of the command called `name`; ClusterUnavailable when patience is over."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return process.communicate(stdin, timeout=LOOK)
+            except subprocess.TimeoutExpired:
+                stdin = None
+            if self.patience.is_over(begun):
+                raise ClusterUnavailable(f"{name}: no answer in {time.monotonic() - begun:.0f} s")
 
 
 def _environment(passed: Collection[str]) -> dict[str, str]:

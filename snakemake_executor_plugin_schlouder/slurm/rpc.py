@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,11 @@ from . import (
     SubmitOutcome,
 )
 from .cli import (
+    LOOK,
     SIDE_BY_SIDE,
     TIMEOUT,
     TRANSIENT_SUBMIT,
+    Patience,
     SlurmCommands,
     last_line,
     log_pattern,
@@ -182,10 +185,12 @@ class WorkerProcess:
     """A child process with pyslurm in it, asked by one thread at a time. It ends with this object, or with
     this process."""
 
-    def __init__(self, environment: Mapping[str, str], limits: Sequence[str]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], limits: Sequence[str], patience: Patience
+    ) -> None:
         """The jobs it submits get `environment`, and those of its resource limits that `limits` names."""
         self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(TIMEOUT)
+        self._patience = patience
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (ends with this object)
         with theirs:
             self._process = subprocess.Popen(
@@ -206,12 +211,15 @@ class WorkerProcess:
     def ask(self, name: str, *arguments: object) -> Any:
         """One request and its reply. Raises PyslurmUnfit if the process is lost; whatever else interrupts
         this ends the process, or the next request would get this one's reply."""
+        begun = time.monotonic()
         try:
+            self._channel.settimeout(TIMEOUT)
             self._channel.sendall(json.dumps([name, arguments]).encode() + b"\n")
-            reply = json.loads(self._line())
+            self._channel.settimeout(LOOK)
+            reply = json.loads(self._line(begun))
         except TimeoutError:
             self._end()
-            raise PyslurmUnfit(f"no answer in {TIMEOUT:.0f} s") from None
+            raise PyslurmUnfit(f"no answer in {time.monotonic() - begun:.0f} s") from None
         except OSError:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_FAREWELL)
@@ -228,9 +236,15 @@ class WorkerProcess:
             raise _Unable(reply["unable"])
         return reply["value"]
 
-    def _line(self) -> bytes:
+    def _line(self, begun: float) -> bytes:
+        """The reply to what was asked at `begun`; TimeoutError when patience is over."""
         while b"\n" not in self._rest:
-            received = self._channel.recv(1 << 16)
+            try:
+                received = self._channel.recv(1 << 16)
+            except TimeoutError:
+                if self._patience.is_over(begun):
+                    raise
+                continue
             if not received:
                 raise ConnectionResetError
             self._rest += received
@@ -270,7 +284,7 @@ class SlurmRpc:
         if self._is_lost:
             return self._commands.submit(jobs)
         width = min(SIDE_BY_SIDE, 1 + len(jobs) // _WORTH_A_PROCESS)
-        return submit_side_by_side(jobs, self._submit, width)
+        return submit_side_by_side(jobs, self._submit, width, self._commands.patience)
 
     def view(self, run: str, nodes: bool = True) -> ClusterView:
         if self._is_lost:
@@ -311,6 +325,9 @@ class SlurmRpc:
     def delete(self, node: str) -> bool:
         return self._commands.delete(node)
 
+    def hurry(self) -> None:
+        self._commands.hurry()
+
     def _submit(self, job: JobRequest) -> SubmitOutcome:
         if needs_sbatch(job):
             return self._commands.submit_one(job)
@@ -341,7 +358,7 @@ class SlurmRpc:
                 self._idle.append(worker)
 
     def _worker(self) -> WorkerProcess:
-        return WorkerProcess(self._commands.environment(), self._limits)
+        return WorkerProcess(self._commands.environment(), self._limits, self._commands.patience)
 
 
 def _job_status(
