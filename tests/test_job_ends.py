@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 from workflows import Site, wait_for
-
-from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 
 pytestmark = pytest.mark.integration
 
 ENDS = """
 rule all:
-    input: "good", "none", "long", "cancelled"
+    input: "good", "none", "long", "cancelled", "hungry", "lost"
 rule good:
     output: "good"
     shell: "touch {output}"
@@ -33,11 +27,21 @@ rule long:
 rule cancelled:
     output: "cancelled"
     shell: "scancel $SLURM_JOB_ID; sleep 200"
+rule hungry:
+    output: "hungry"
+    resources: mem_mb=300
+    shell: "python3 -c 'import time; held = bytearray(b\\"x\\") * (500 << 20); time.sleep(200)'"
+rule lost:
+    output: "lost"
+    resources: schlouder_strategy="one-vm-per-job"
+    shell:
+        "if [ -e tried ]; then touch {output}; exit; fi; touch tried; "
+        "scontrol update nodename=$SLURMD_NODENAME state=down reason=test; sleep 200"
 """
 
-THREE_ON_ONE_VM = """
+FIVE_ON_ONE_VM = """
 rule all:
-    input: expand("out/{i}", i=range(3))
+    input: expand("out/{i}", i=range(5))
 rule one:
     output: "out/{i}"
     resources: mem_mb=100
@@ -50,113 +54,93 @@ def files(site: Site) -> list[str]:
     return sorted(path.name for path in (site.directory / ".snakemake/schlouder").glob("*/*"))
 
 
-def jobs(site: Site) -> dict[str, str]:
-    """Slurm id -> state and reason of the jobs that have not ended."""
-    lines = site.slurm("squeue", "--noheader", "--format=%i %T %r").splitlines()
-    return dict(line.split(" ", 1) for line in lines)
-
-
-@contextlib.contextmanager
-def started(site: Site, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Snakemake at work; a test that fails meanwhile ends it as Ctrl-C does."""
-    process = site.start(*options)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            process.communicate(timeout=60)
-
-
-def answers(site: Site) -> bool:
-    """Whether slurmctld does."""
-    ping = ["scontrol", "ping"]
-    return subprocess.run(ping, env=site.environment, capture_output=True).returncode == 0
-
-
-def slurmctld(cloud: LocalCloud) -> int:
-    """The process id of this cloud's controller."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if words[0].endswith("slurmctld") and f"{cloud.folder}/slurm.conf" in words:
-            return int(path.parent.name)
-    raise AssertionError("the cloud has no slurmctld")
-
-
 def test_each_end_of_a_job_is_told_with_its_cause(site: Site) -> None:
     site.write(ENDS)
-    done = site.run("--keep-going", "--latency-wait", "1")
+    with site.configured(
+        JobAcctGatherType="jobacct_gather/linux",
+        JobAcctGatherFrequency="1",
+        JobAcctGatherParams="OverMemoryKill",
+    ):
+        done = site.run("--keep-going", "--latency-wait", "1")
     assert done.returncode == 1
     assert "ran longer than its runtime (1 min) (Slurm: TIMEOUT)" in done.stdout
     assert "was cancelled in Slurm (Slurm: CANCELLED)" in done.stdout
+    assert "or used more memory than its mem_mb (Slurm: FAILED, JobLaunchFailure)" in done.stdout
+    assert "Exceeded job memory limit" in done.stdout
     assert "Missing files after 1 seconds" in done.stdout
-    assert (site.directory / "good").exists()
-    logs = [name.partition("-")[2] for name in files(site)]
-    assert sorted(logs) == ["cancelled.1.log", "long.1.log", "none.1.log"]
+    assert done.stdout.count("is given up: its node was lost") == 1
+    assert "2 of 6 jobs complete" in done.stdout
+    assert (site.directory / "good").exists() and (site.directory / "lost").exists()
+    logs = [name.partition("-")[2] for name in files(site) if name.endswith(".log")]
+    assert sorted(logs) == ["cancelled.1.log", "hungry.1.log", "long.1.log", "none.1.log"]
 
 
-def test_held_suspended_and_requeued_jobs_are_waited_for(site: Site) -> None:
-    """Two jobs run, one is queued ahead of the only VM."""
-    site.write(THREE_ON_ONE_VM)
-    with started(site, "--schlouder-max-vms", "1", "--schlouder-strategy", "asap") as process:
+def test_held_stopped_suspended_and_requeued_jobs_are_waited_for(site: Site) -> None:
+    """Four jobs run, one is queued ahead of the only VM."""
+    site.write(FIVE_ON_ONE_VM)
+    options = ("--schlouder-instance-types", "m5.xlarge", "--schlouder-max-vms", "1")
+    with site.started(*options, "--schlouder-strategy", "asap") as process:
         wait_for(
-            lambda: len(list(site.directory.glob("started-*"))) == 2, lambda: "two did not start"
+            lambda: len(list(site.directory.glob("started-*"))) == 4, lambda: "four did not start"
         )
-        wait_for(lambda: len(jobs(site)) == 3, lambda: f"no job is queued ahead: {jobs(site)}")
-        states = jobs(site)
+        wait_for(lambda: len(site.jobs()) == 5, lambda: f"no job is queued ahead: {site.jobs()}")
+        states = site.jobs()
         (held,) = [job for job, state in states.items() if state.startswith("PENDING")]
-        suspended, requeued = [job for job in states if job != held]
+        stopped, suspended, requeued, special = [job for job in states if job != held]
         site.slurm("scontrol", "hold", held)
         site.slurm("scontrol", "suspend", suspended)
-        site.slurm("scontrol", "update", f"jobid={requeued}", "requeue=1")
+        site.slurm("scancel", "--full", "--signal=STOP", stopped)
+        for job in (requeued, special):
+            site.slurm("scontrol", "update", f"jobid={job}", "requeue=1")
         site.slurm("scontrol", "requeue", requeued)
-        wait_for(lambda: jobs(site)[requeued].startswith("PENDING"), lambda: f"{jobs(site)}")
+        site.slurm("scontrol", "requeuehold", "State=SpecialExit", special)
+        expected = {
+            held: "PENDING",
+            stopped: "STOPPED",
+            suspended: "SUSPENDED",
+            requeued: "PENDING",
+            special: "SPECIAL_EXIT",
+        }
+        wait_for(lambda: first_words(site.jobs()) == expected, lambda: f"{site.jobs()}")
         time.sleep(18)
         assert process.poll() is None
-        for number in range(3):
+        for number in range(5):
             (site.directory / f"go-{number}").touch()
-        site.slurm("scontrol", "update", f"jobid={requeued}", "starttime=now")
         site.slurm("scontrol", "resume", suspended)
-        site.slurm("scontrol", "release", held)
-        output, _ = process.communicate(timeout=120)
+        site.slurm("scancel", "--full", "--signal=CONT", stopped)
+        for job in (held, special):
+            site.slurm("scontrol", "release", job)
+        for job in (requeued, special):
+            site.slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+        output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
-    assert "3 of 3 jobs complete" in output
-    assert output.count("will not start by itself") == 1
-    assert f"scontrol release {held}" in output
+    assert "5 of 5 jobs complete" in output
+    assert output.count("will not start by itself") == 2
+    for job in (held, special):
+        assert f"scontrol release {job}" in output
     starts = [len(path.read_text().split("\n")) - 1 for path in site.directory.glob("started-*")]
-    assert sorted(starts) == [1, 1, 2]
+    assert sorted(starts) == [1, 1, 1, 2, 2]
 
 
-def test_a_restart_of_slurmctld_and_a_silent_one_lose_and_repeat_nothing(site: Site) -> None:
-    site.write(THREE_ON_ONE_VM)
-    with started(site, "--schlouder-max-vms", "2", "--schlouder-keep-logs") as process:
-        wait_for(
-            lambda: len(list(site.directory.glob("started-*"))) == 3, lambda: "jobs did not start"
-        )
-        before = slurmctld(site.cloud)
-        site.slurm("scontrol", "shutdown", "slurmctld")
-        (site.directory / "go-0").touch()
-        wait_for(lambda: not Path(f"/proc/{before}").exists(), lambda: "slurmctld did not end")
-        (site.directory / "go-1").touch()
-        wait_for(lambda: answers(site), lambda: "slurmctld did not come back")
-        wait_for(lambda: len(jobs(site)) < 3, lambda: f"{jobs(site)}")
-        silent = slurmctld(site.cloud)
-        assert silent != before
-        os.kill(silent, signal.SIGSTOP)
-        try:
-            (site.directory / "go-2").touch()
-            time.sleep(15)
-        finally:
-            os.kill(silent, signal.SIGCONT)
-        output, _ = process.communicate(timeout=120)
+def first_words(texts: Mapping[str, str]) -> dict[str, str]:
+    return {key: text.split()[0] for key, text in texts.items()}
+
+
+def test_an_account_the_partition_does_not_take_is_told_with_what_to_do(site: Site) -> None:
+    """Slurm accepts the job and never starts it, until the operator lets it go by."""
+    site.write("rule one:\n    output: 'a'\n    shell: 'touch {output}'\n")
+    partition = ("scontrol", "update", "partitionname=schlouder")
+    site.slurm(*partition, "allowaccounts=lab")
+    try:
+        with site.started("--default-resources", "slurm_account='other'") as process:
+            wait_for(lambda: "account not known" in str(site.jobs()), lambda: f"{site.jobs()}")
+            time.sleep(18)
+            site.slurm(*partition, "allowaccounts=ALL")
+            output, _ = process.communicate(timeout=120)
+    finally:
+        site.slurm(*partition, "allowaccounts=ALL")
     assert process.returncode == 0, output
-    assert "3 of 3 jobs complete" in output
-    assert len([name for name in files(site) if name.endswith(".1.log")]) == 3
-    assert not [name for name in files(site) if name.endswith(".2.log")]
-    assert {path.read_text() for path in site.directory.glob("started-*")} == {"\n"}
+    assert output.count("look at the rule's slurm_account") == 1
 
 
 def test_files_of_successes_go_at_once_and_old_ones_after_days(site: Site) -> None:

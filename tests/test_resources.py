@@ -249,3 +249,15 @@ def test_names_of_every_kind_reach_the_job_as_they_are(site: Site) -> None:
     for name in ("line\nbreak", "named", "long"):
         assert (site.directory / "out" / name).exists()
     assert not (site.directory / "hacked").exists()
+
+
+def test_a_workflow_may_lie_in_a_directory_of_any_name(site: Site) -> None:
+    directory = site.directory / 'it\'s $(touch hacked); `id` "a b" é %j'
+    directory.mkdir()
+    odd = Site.make(
+        site.cloud, directory, "rule one:\n    output: 'a'\n    shell: 'pwd >{output}'\n"
+    )
+    done = odd.run()
+    assert done.returncode == 0, done.stdout
+    assert (directory / "a").read_text() == f"{directory}\n"
+    assert not list(site.directory.rglob("hacked"))

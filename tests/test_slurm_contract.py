@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from test_localcloud import Vms
+from workflows import slurmctld, stopped
 
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.model import SlurmOptions
@@ -33,7 +34,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 from snakemake_executor_plugin_schlouder.slurm.rpc import SlurmRpc, choose
 from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of, job_script
-from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
+from snakemake_executor_plugin_schlouder.slurm.states import JobPhase, sentence_of
 
 pytestmark = pytest.mark.integration
 
@@ -170,6 +171,16 @@ class TestJobs:
         status = slurm.view(job.run).jobs[job.key]
         assert (status.phase, status.state) == (JobPhase.FAILED, "FAILED")
         assert exit_of(exit_file) == Exit(7)
+
+    def test_one_that_cannot_end_before_its_deadline_is_removed(
+        self, slurm: Cluster, job: JobRequest
+    ) -> None:
+        options = SlurmOptions(extra=("--deadline=now+63",))
+        submit(slurm, replace(job, key="first", cpus=8))
+        submit(slurm, replace(job, cpus=8, limit=60.0, options=options))
+        until(lambda: phase(slurm, job) == JobPhase.FAILED)
+        state = slurm.view(job.run).jobs[job.key].state
+        assert sentence_of(state) == "could not end before its deadline"
 
     def test_what_slurm_is_told(self, slurm: Cluster, vms: Vms, job: JobRequest) -> None:
         options = SlurmOptions(account="lab", constraint="schlouder", tasks=2)
@@ -428,17 +439,12 @@ class TestSilence:
             outcomes.extend(slurm.submit([job] * 50))
 
         asking = threading.Thread(target=ask)
-        pid = slurmctld(vms.cloud)
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(slurmctld(vms.cloud)):
             asking.start()
             turns = 0
             while asking.is_alive():
                 time.sleep(0.01)
                 turns += 1
-        finally:
-            os.kill(pid, signal.SIGCONT)
-            asking.join()
         assert turns > 100
         assert {type(outcome) for outcome in outcomes} == {ClusterUnavailable}
         assert len(outcomes) < 50, "the rest is not tried"
@@ -450,17 +456,6 @@ def answers(slurm: Cluster, run: str) -> bool:
         return NODE in slurm.view(run).nodes
     except ClusterUnavailable:
         return False
-
-
-def slurmctld(cloud: LocalCloud) -> int:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith(b"slurmctld") and f"{cloud.folder}/slurm.conf".encode() in words:
-            return int(path.parent.name)
-    raise AssertionError("no slurmctld")
 
 
 class TestBoth:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ class Site:
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
+    @contextlib.contextmanager
+    def started(self, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """Snakemake at work; a test that fails meanwhile ends it as Ctrl-C does."""
+        process = self.start(*options, **environment)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGINT)
+                process.communicate(timeout=PATIENCE)
+
     def ec2(self) -> Any:
         access = self.cloud.environment()
         return boto3.client(
@@ -91,6 +104,25 @@ class Site:
             command, env=self.environment, capture_output=True, text=True, check=True
         )
         return done.stdout
+
+    def jobs(self) -> dict[str, str]:
+        """Slurm id -> state and reason of the jobs that have not ended."""
+        lines = self.slurm("squeue", "--noheader", "--format=%i %T %r").splitlines()
+        return dict(line.split(" ", 1) for line in lines)
+
+    @contextlib.contextmanager
+    def configured(self, **settings: str) -> Iterator[None]:
+        """These settings in slurm.conf, of what slurmctld takes over while it runs, and new VMs."""
+        conf = Path(self.environment["SLURM_CONF"])
+        before = conf.read_text()
+        kept = [line for line in before.splitlines() if line.partition("=")[0] not in settings]
+        try:
+            conf.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in settings.items()), ""]))
+            self.slurm("scontrol", "reconfigure")
+            yield
+        finally:
+            conf.write_text(before)
+            self.slurm("scontrol", "reconfigure")
 
     def remains(self) -> dict[str, Any]:
         """Everything of VMs that is still there: instances, nodes, unfinished jobs, processes, links."""
@@ -128,6 +160,28 @@ def _vm_commands(cloud: LocalCloud) -> dict[int, str]:
         if "vm_init.py" in line and str(cloud.folder) in line:
             found[int(path.parent.name)] = line
     return found
+
+
+def slurmctld(cloud: LocalCloud) -> int:
+    """The process id of this cloud's controller."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if words[0].endswith("slurmctld") and f"{cloud.folder}/slurm.conf" in words:
+            return int(path.parent.name)
+    raise AssertionError("the cloud has no slurmctld")
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process, or with a negative number the process group, does nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def wait_for(
