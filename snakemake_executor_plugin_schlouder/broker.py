@@ -77,6 +77,7 @@ _MOVING = (*BOOTING, VMState.TERMINATING)
 _NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
 """States in which the next step depends on what Slurm says of the node."""
 
+_VOID = (TaskState.FAILED, TaskState.CANCELLED)
 _CLAIMED = (
     *("command", "name", "ends_run", "limit", "planned", "is_limit", "may_bundle", "options"),
     *("strategy", "after", "level", "rank"),
@@ -89,6 +90,7 @@ _FEW = 4
 _STUCK_PATIENCE = 10.0
 _ABSENT_VIEWS = 3
 _ABSENT_JOB = 5.0
+_ABSENT_NODE = 20.0
 _LATE_SUBMISSION = 15.0
 _ABSENT_DESCRIBES = 5
 _CONSISTENCY_WINDOW = 120.0
@@ -202,8 +204,11 @@ class Broker:
         self._now = clock()
         self._inbox: list[Task] = []
         self._unclaimed: dict[str, Task] = {}
-        self._replaced: dict[str, Task] = {}
+        self._claims = threading.RLock()
+        self._claimed: list[Task] = []
+        self._replaced: dict[str, list[Task]] = {}
         self._held: list[Task] = []
+        self._unwritten: list[Task] = []
         self._planner = Planner(
             config.types,
             config.billing,
@@ -220,6 +225,7 @@ class Broker:
         self._submitted: dict[str, Task] = {}
         self._bundles = Bundles(witness, revoke, config.exit_file)
         self._absent_jobs: dict[str, tuple[int, float]] = {}
+        self._absent_nodes: dict[str, tuple[int, float]] = {}
         self._absent_vms: dict[str, int] = {}
         self._boot_failures = 0
         self._refusal = ""
@@ -252,14 +258,13 @@ class Broker:
         self._vm_count = left.vm_count
         self._gangs.adopt(left.vms)
         for vm in left.vms:
-            if vm.state == VMState.REQUESTED:
-                vm.state = VMState.PLANNED
+            if vm.state in (VMState.PLANNED, VMState.REQUESTED):
+                vm.state, vm.retry_at = VMState.PLANNED, self._now
             self._machines.add(vm)
         for task in left.tasks:
-            self._unclaimed[task.identity] = task
+            self._unclaimed.update(dict.fromkeys(task.identity.split(), task))
             if task.state not in TASK_ENDED:
-                self._vm_of(task).active[task.key] = task
-                self._submitted[task.attempt_key] = task
+                self._adopt_submitted(task, self._vm_of(task))
         self._bundles.adopt(self._submitted.values())
         for vm in left.vms:
             vm.idle_since = self._now if vm.is_unused else None
@@ -268,41 +273,57 @@ class Broker:
                 self._planner.adopt(vm)
             self._machines.note(vm)
 
-    @property
-    def has_unclaimed(self) -> bool:
-        """Whether something that a killed run left may be asked for again."""
-        return bool(self._unclaimed)
+    def _adopt_submitted(self, task: Task, vm: VM) -> None:
+        """What was to be taken back when the run was killed still is."""
+        vm.active[task.key] = task
+        self._submitted[task.attempt_key] = task
+        is_waiting = task.state == TaskState.SUBMITTED
+        task.recalled |= vm.state in (VMState.TERMINATING, VMState.GONE)
+        task.recalled |= vm.state == VMState.DRAINING and is_waiting
+
+    def has_left(self, identity: str) -> bool:
+        """Whether a killed run left something that makes one of these results."""
+        return any(part in self._unclaimed for part in identity.split())
 
     def claim(self, task: Task, changed: float, is_made: bool) -> Task | None:
         """What a killed run left that makes the same results as `task`, which is then the one to wait for.
-        None: there is none, or it makes them in another way, or from what was `changed` (date) since; it is
-        then ended before `task` begins. `is_made`: the results are there."""
-        with self._lock:
-            live = self._unclaimed.pop(task.identity, None)
-            if live is None or live.state in (TaskState.FAILED, TaskState.CANCELLED):
-                return None
-            is_current = live.content == task.content and changed <= live.received
-            if live.state == TaskState.COMPLETE and not (is_current and is_made):
-                return None
-            if not is_current:
-                self._replaced[task.key] = live
-                return None
-            if live.state == TaskState.COMPLETE:
-                self._ended.append(live)
-            for name in _CLAIMED:
-                setattr(live, name, getattr(task, name))
-            wanted = task.need
-            live.need = replace(live.need, gpu_model=wanted.gpu_model, constraint=wanted.constraint)
-            live.is_wanted = True
-            self._planner.has_come(live)
-            return live
+        None: there is none, or it makes only a part of them, or in another way, or from what was `changed`
+        (date) since; it is then ended before `task` begins. `is_made`: the results are there."""
+        parts = task.identity.split()
+        with self._claims:
+            found = {id(each): each for part in parts if (each := self._unclaimed.get(part))}
+            left = [each for each in found.values() if each.state not in _VOID]
+            live = left[0] if len(left) == 1 else None
+            if live is not None and _goes_on(live, task, changed, is_made):
+                self._go_on_with(live, task)
+                return live
+            running = [each for each in left if each.state not in TASK_ENDED]
+            if running:
+                self._replaced[task.key] = running
+            return None
+
+    def _go_on_with(self, live: Task, task: Task) -> None:
+        for part in live.identity.split():
+            del self._unclaimed[part]
+        for name in _CLAIMED:
+            setattr(live, name, getattr(task, name))
+        wanted = task.need
+        live.need = replace(live.need, gpu_model=wanted.gpu_model, constraint=wanted.constraint)
+        live.is_wanted = True
+        self._claimed.append(live)
+        if live.state == TaskState.COMPLETE:
+            self._ended.append(live)
 
     def submit(self, tasks: Sequence[Task]) -> None:
-        """Takes over these tasks. They are in the journal when this returns."""
+        """Takes over these tasks. They are in the journal when this returns, or, while that cannot be
+        written, before anything is done for them."""
         now = self._clock()
         for task in tasks:
             task.received = now
-        self._journal.write(self._config.run, tasks=tasks)
+        try:
+            self._journal.write(self._config.run, tasks=tasks)
+        except sqlite3.Error:
+            self._unwritten.extend(tasks)
         self._inbox.extend(tasks)
 
     def stop(self) -> None:
@@ -334,7 +355,8 @@ class Broker:
             if view is not None:
                 self._retire_idle()
             self._flush()
-            ended, self._ended = self._ended, []
+            with self._claims:
+                ended, self._ended = self._ended, []
             return ended
 
     @property
@@ -406,6 +428,10 @@ class Broker:
     # -- observe
 
     def _take_inbox(self) -> None:
+        while self._claimed:
+            self._planner.has_come(self._claimed.pop())
+        while self._unwritten:
+            self._dirty(self._unwritten.pop())
         count = len(self._inbox)
         for task in self._inbox[:count]:
             self._planner.has_come(task)
@@ -416,12 +442,11 @@ class Broker:
         """Attempts of a killed run that make their results in another way than is wanted now; the tasks
         that are to make them wait until nothing of the old attempt can write."""
         for task in list(self._held):
-            live = self._replaced[task.key]
-            if live.state in TASK_ENDED:
+            left = [live for live in self._replaced[task.key] if live.state not in TASK_ENDED]
+            if not left:
                 self._held.remove(task)
                 self._waiting.append(task)
-            elif not live.recalled:
-                self._recall([live])
+            self._recall([live for live in left if not live.recalled])
 
     def _observe_cluster(self) -> ClusterView | None:
         if self._is_over or not self._machines.unsettled:
@@ -522,6 +547,19 @@ class Broker:
                 self._update_ready(vm, node)
         for vm in self._machines.having(VMState.BOOTING):
             self._update_booting(vm, view.nodes.get(vm.name))
+        if view.is_complete and self._nodes_seen == self._now:
+            for vm in self._machines.having(VMState.READY):
+                self._look_for_node(vm, view.nodes)
+
+    def _look_for_node(self, vm: VM, nodes: Mapping[str, NodeStatus]) -> None:
+        """A node that Slurm has no record of takes no job; its absence counts only when it lasts."""
+        if vm.name in nodes:
+            self._absent_nodes.pop(vm.name, None)
+            return
+        seen, since = self._absent_nodes.get(vm.name, (0, self._now))
+        self._absent_nodes[vm.name] = (seen + 1, since)
+        if seen + 1 >= _ABSENT_VIEWS and self._now - since >= _ABSENT_NODE:
+            self._lost(vm, "Slurm no longer has the node")
 
     def _update_booting(self, vm: VM, node: NodeStatus | None) -> None:
         now = self._now
@@ -607,7 +645,7 @@ class Broker:
         elif status.phase == JobPhase.DISPLACED and not task.recalled:
             self._displaced(task, sentence_of(status.state))
         elif status.phase in (JobPhase.FAILED, JobPhase.DISPLACED, JobPhase.LOST):
-            self._replace(task, sentence_of(status.state))
+            self._replace(task, status)
         elif task.recalled or self._is_launch_lost(task, status):
             self._recall([task])
         elif status.phase == JobPhase.WAITING:
@@ -660,30 +698,34 @@ class Broker:
             task.losses += 1
             self._again(vm, task)
 
-    def _replace(self, task: Task, why: str) -> None:
+    def _replace(self, task: Task, status: JobStatus) -> None:
         """A submission has ended without the task's doing. Where the machine is the cause, the task waits
         until that is gone: it may still write. One that was taken back may have been done by then."""
         vm, left = self._vm_of(task), self._exit_of(task)
         if self._gangs.is_gone(vm):
             self._rescue(vm, task)
+        elif status.phase == JobPhase.LOST:
+            self._lost(vm, sentence_of(status.state))
         elif task.recalled and left is not None and left.code == 0:
             self._judge(task, left)
         elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
             self._again(vm, task)
         else:
-            self._lost(vm, why)
+            self._lost(vm, sentence_of(status.state))
 
     def _recall(self, tasks: Sequence[Task]) -> None:
-        """Takes submissions back, so that none of them can start elsewhere or later. What becomes of
-        their tasks is decided when Slurm says that they have ended."""
-        for task in tasks:
-            task.recalled = True
+        """Takes submissions back, so that none of them can start elsewhere or later; and with them what
+        shares a Slurm job that must be cancelled for it. What becomes of their tasks is decided when Slurm
+        says that they have ended: the journal knows before that it was us."""
+        ending = [task for task in tasks if not self._bundles.shares_job(task)]
+        beside = [other for task in ending for other in self._bundles.beside(task)]
+        for task in (*tasks, *beside):
+            if not task.recalled:
+                task.recalled = True
+                self._dirty(task)
             self._revoke(self._config.exit_file(task))
-        known = [
-            task.slurm_id
-            for task in tasks
-            if task.slurm_id is not None and not self._bundles.shares_job(task)
-        ]
+        self._flush()
+        known = [task.slurm_id for task in ending if task.slurm_id is not None]
         if known:
             self._try_cluster(lambda: self._cluster.cancel(known))
 
@@ -772,17 +814,19 @@ class Broker:
 
     def _end(self, task: Task, state: TaskState, reason: str) -> None:
         if task.state not in TASK_ENDED:
-            task.state, task.reason = state, reason
+            with self._claims:
+                task.state, task.reason = state, reason
+                if task.is_wanted:
+                    self._ended.append(task)
             self._stopping |= state == TaskState.FAILED and task.ends_run
-            if task.is_wanted:
-                self._ended.append(task)
             self._dirty(task)
 
     def _again(self, vm: VM, task: Task) -> None:
         """A task whose submission is void is planned anew: on its VM while that takes work, else anywhere."""
-        if not task.is_wanted:
-            self._finish(task, TaskState.CANCELLED, "it was not asked for again")
-            return
+        with self._claims:
+            if not task.is_wanted:
+                self._finish(task, TaskState.CANCELLED, "it was not asked for again")
+                return
         self._submitted.pop(task.attempt_key, None)
         self._absent_jobs.pop(task.attempt_key, None)
         vm.active.pop(task.key, None)
@@ -804,6 +848,7 @@ class Broker:
             return
         vm.reason = reason
         self._log.warning(f"{self._name(vm)} is given up: {reason}")
+        self._move(vm, VMState.TERMINATING)
         self._note(vm, f"given up: {reason}")
         self._requeue_planned(vm)
         self._recall(list(vm.active.values()))
@@ -850,7 +895,8 @@ class Broker:
         """The machine is gone for certain: nothing of it can write any more."""
         vm.ended = vm.ended or self._now
         vm.ending = True
-        vm.node_deleted |= vm.instance_id is None
+        never_asked_for = vm.state == VMState.PLANNED and not vm.retry_at
+        vm.node_deleted |= vm.instance_id is None and never_asked_for
         self._move(vm, VMState.GONE)
         self._note(vm, "gone")
         if not vm.node_deleted:
@@ -870,8 +916,10 @@ class Broker:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
         for vm in self._machines.having(*_LEAVING):
             node = view.nodes.get(vm.name)
-            if vm.state == VMState.DRAINING and vm.is_unused:
+            if vm.state == VMState.DRAINING and self._gangs.leader(vm).is_unused:
                 self._leave(vm, node)
+            elif vm.state == VMState.DRAINING and node is not None and node.state == "down":
+                self._lost(vm, f"Slurm lost the node: {node.reason}")
             elif vm.state == VMState.TERMINATING and self._is_overdue(vm):
                 self._terminate(vm)
             elif vm.state == VMState.GONE and (node is not None or not vm.node_deleted):
@@ -1161,8 +1209,12 @@ class Broker:
                 self._note(vm, "terminating")
         self._flush()
         try:
-            listed = self._cloud.instances(self._config.run)
-            ids |= {instance.id for instance in listed if instance.is_alive} - kept
+            alive = [i for i in self._cloud.instances(self._config.run) if i.is_alive]
+            ids |= {instance.id for instance in alive} - kept
+            for instance in alive:
+                unanswered = self._machines.get(instance.node)
+                if unanswered is not None and unanswered.instance_id is None:
+                    unanswered.instance_id = instance.id
             if ids:
                 self._cloud.terminate(sorted(ids))
         except CloudUnavailable as error:
@@ -1316,6 +1368,12 @@ class Broker:
         if (about or message) not in self._told:
             self._told.add(about or message)
             self._log.log(level, message)
+
+
+def _goes_on(live: Task, task: Task, changed: float, is_made: bool) -> bool:
+    """Whether what a killed run left is what `task` would do."""
+    same = live.identity == task.identity and live.content == task.content
+    return same and changed <= live.received and (is_made or live.state != TaskState.COMPLETE)
 
 
 def _told(task: Task, left: Exit) -> str:

@@ -136,6 +136,14 @@ class Bundles:
         """Whether it was submitted together with others."""
         return task.attempt_key in self._attempts
 
+    def beside(self, task: Task) -> list[Task]:
+        """The others of its Slurm job that have not ended."""
+        for bundle in self._bundles.values():
+            left = bundle.left()
+            if any(other is task for other in left):
+                return [other for other in left if other is not task]
+        return []
+
     def shares_job(self, task: Task) -> bool:
         """Whether another task runs in the same Slurm job, so that it must not be cancelled."""
         return any(

@@ -194,7 +194,8 @@ class Executor(RemoteExecutor):
         self._ending = True
         try:
             self._broker.release()
-            self._journal.end_run(self._run, time.time())
+            if self._broker.is_released:
+                self._journal.end_run(self._run, time.time())
             self._end_sweeping(self._broker)
             self._keep_history()
         except Exception as error:
@@ -337,7 +338,7 @@ class Executor(RemoteExecutor):
     def _live(self, job: JobExecutorInterface, task: Task) -> Task | None:
         """What a killed run has left of this job. What is complete counts unless the user wants it anew."""
         broker = self._broker
-        if broker is None or not broker.has_unclaimed:
+        if broker is None or not broker.has_left(task.identity):
             return None
         settings = getattr(self.workflow, "dag_settings", None)
         forced = any(getattr(settings, name, False) for name in ("forceall", "forcerun"))

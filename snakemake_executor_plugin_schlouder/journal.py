@@ -26,7 +26,7 @@ _OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
 _VM = "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader"
 _TASK = (
     "key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, runtime_limit, planned, state, received, "
-    "started, ended, vm, attempt, slurm_id, submission, turn, identity, content"
+    "started, ended, vm, attempt, slurm_id, submission, turn, identity, content, recalled"
 )
 
 _SCHEMA = """
@@ -46,7 +46,7 @@ CREATE TABLE tasks (
     runtime_limit REAL, planned REAL, state TEXT NOT NULL, received REAL NOT NULL, started REAL,
     ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL,
     gpus INTEGER NOT NULL, nodes INTEGER NOT NULL, submission TEXT NOT NULL, turn INTEGER NOT NULL,
-    identity TEXT NOT NULL, content TEXT NOT NULL
+    identity TEXT NOT NULL, content TEXT NOT NULL, recalled INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE events (
     run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
@@ -186,7 +186,7 @@ class Journal:
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
-                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 23})",
+                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 24})",
                 [_task_row(run, task) for task in tasks],
             )
 
@@ -244,7 +244,7 @@ class Journal:
             vms = db.execute(f"SELECT {_VM} FROM vms WHERE run = ?", (run,)).fetchall()
             tasks = db.execute(
                 f"SELECT {_TASK} FROM tasks WHERE run = ? AND state IN (?, ?, ?) "
-                "ORDER BY state != ?, turn, received",
+                "ORDER BY state != ?, received, turn",
                 (run, *_OF_USE, TaskState.COMPLETE),
             ).fetchall()
             keys = db.execute("SELECT key FROM tasks WHERE run = ?", (run,)).fetchall()
@@ -347,7 +347,7 @@ def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
 def _task_of(row: tuple[Any, ...]) -> Task:
     key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, *rest = row
     limit, planned, state, received, started, ended, vm, attempt, slurm_id, *more = rest
-    submission, turn, identity, content = more
+    submission, turn, identity, content, recalled = more
     return Task(
         key,
         name,
@@ -369,6 +369,7 @@ def _task_of(row: tuple[Any, ...]) -> Task:
         turn=turn,
         identity=identity,
         content=content,
+        recalled=bool(recalled),
         is_wanted=False,
     )
 
@@ -416,4 +417,5 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         task.turn,
         task.identity,
         task.content,
+        task.recalled,
     )

@@ -176,14 +176,16 @@ class Walltimes:
         x = estimate_of(estimate)
         y = self._trimmed(rule, x, took)
         weight = _PRIOR_TASKS if estimate is not None else 0.0
-        for sums in (self._sums.setdefault(rule, _Sums(weight)), self._all):
+        known = self._sums.get(rule) or _Sums(weight)
+        for sums in (known, self._all):
             sums.n += 1
             sums.x += x
             sums.y += y
             sums.xx += x * x
             sums.xy += x * y
             sums.yy += y * y
-        if self._sums[rule].n > _REFIT * self._fitted_with.get(rule, 0.0):
+        self._sums[rule] = known
+        if known.n > _REFIT * self._fitted_with.get(rule, 0.0):
             self._lines.pop(rule, None)
 
     def _trimmed(self, rule: str, estimate: float, took: float) -> float:

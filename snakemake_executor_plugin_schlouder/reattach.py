@@ -14,27 +14,30 @@ from typing import Any
 
 from .dag import members_of
 
-_PLAIN = (str, bytes, int, float, bool, type(None), list, tuple, dict, set)
-"""Types of parameters whose text is the same in every process; others are left out, as by Snakemake."""
+_PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def identity_of(job: Any) -> str:
-    """Digest of rule, wildcards and outputs: what the job makes."""
-    return _digest(
-        (member.name, sorted(_wildcards(member).items()), _names(member.output))
-        for member in members_of(job)
+    """Digest of rule, wildcards and outputs, what the job makes; of a group those of all its jobs."""
+    return " ".join(
+        sorted(
+            _digest(member.name, sorted(_wildcards(member).items()), _names(member.output))
+            for member in members_of(job)
+        )
     )
 
 
 def content_of(job: Any) -> str:
     """Digest of inputs, parameters and code: how it makes that. A script counts by its date (`changed`)."""
     return _digest(
-        (
-            _names(member.input),
-            [repr(value) for value in _parameters(member) if isinstance(value, _PLAIN)],
-            [str(getattr(member.rule, part, None)) for part in _CODE],
+        *sorted(
+            _digest(
+                _names(member.input),
+                [repr(value) for value in _parameters(member) if _is_plain(value)],
+                [str(getattr(member.rule, part, None)) for part in _CODE],
+            )
+            for member in members_of(job)
         )
-        for member in members_of(job)
     )
 
 
@@ -84,5 +87,15 @@ def _date(file: str) -> float:
         return 0.0
 
 
-def _digest(parts: Iterable[object]) -> str:
-    return hashlib.sha256(repr(list(parts)).encode(errors="surrogateescape")).hexdigest()[:32]
+def _is_plain(value: object) -> bool:
+    """Whether its text is the same in every process; parameters of other kinds are left out, as by Snakemake
+    itself."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return isinstance(value, _PLAIN)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:32]
