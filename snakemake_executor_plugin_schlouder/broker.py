@@ -446,7 +446,15 @@ class Broker:
             if not left:
                 self._held.remove(task)
                 self._waiting.append(task)
-            self._recall([live for live in left if not live.recalled])
+            self._end_old([live for live in left if not live.recalled])
+
+    def _end_old(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self._log.info(
+                f"{task.name} runs since before the crash, but its inputs, parameters, code or group have "
+                "changed: it is ended, and done anew."
+            )
+        self._recall(tasks)
 
     def _observe_cluster(self) -> ClusterView | None:
         if self._is_over or not self._machines.unsettled:
@@ -903,9 +911,10 @@ class Broker:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
 
     def _rescue(self, vm: VM, task: Task) -> None:
-        """A task whose machine went away under it: its own witness decides, else it runs again."""
+        """A task whose machine went away under it runs again, unless its script was done: a failure may be
+        the work of the machine's end."""
         left = self._exit_of(task)
-        if left is not None and (left.code == 0 or task.need.nodes == 1):
+        if left is not None and left.code == 0:
             task.ended = vm.ended
             self._judge(task, left)
         else:

@@ -397,7 +397,7 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         run,
         task.jobid,
         task.rule,
-        task.name,
+        task.name.encode(errors="backslashreplace").decode(),
         task.strategy,
         task.need.cpus,
         task.need.memory,

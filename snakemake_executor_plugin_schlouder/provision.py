@@ -297,7 +297,7 @@ def connect(settings: Ec2Settings, join: Join, owner: str) -> Ec2Cloud:
     from botocore.config import Config
 
     session = _session(settings.region)
-    patient = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard"})
+    patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
     single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
     ec2, launcher = _client(session, "ec2", patient), _client(session, "ec2", single)
     _check_settings(ec2, settings)

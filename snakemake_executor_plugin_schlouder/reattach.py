@@ -18,20 +18,27 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def identity_of(job: Any) -> str:
-    """Digest of rule, wildcards and outputs, what the job makes; of a group those of all its jobs."""
-    return " ".join(
-        sorted(
-            _digest(member.name, sorted(_wildcards(member).items()), _names(member.output))
-            for member in members_of(job)
-        )
-    )
+    """What the job makes: digests of its outputs, of a group those of all its jobs. A job without outputs
+    makes itself."""
+    return " ".join(sorted(part for member in members_of(job) for part in _results(member)))
+
+
+def _results(member: Any) -> list[str]:
+    outputs = _names(member.output)
+    return [_digest(name)[:16] for name in outputs] or [_digest(*_named(member))[:16]]
+
+
+def _named(member: Any) -> tuple[Any, ...]:
+    return member.name, sorted((getattr(member, "wildcards_dict", None) or {}).items())
 
 
 def content_of(job: Any) -> str:
-    """Digest of inputs, parameters and code: how it makes that. A script counts by its date (`changed`)."""
+    """Digest of rule, inputs, parameters and code: how it makes that. A script counts by its date
+    (`changed`)."""
     return _digest(
         *sorted(
             _digest(
+                _named(member),
                 _names(member.input),
                 [repr(value) for value in _parameters(member) if _is_plain(value)],
                 [str(getattr(member.rule, part, None)) for part in _CODE],
@@ -46,8 +53,12 @@ _CODE = ("shellcmd", "run_func_src", "wrapper", "cwl", "container_img", *_FILES)
 
 
 def changed(job: Any) -> float:
-    """When the newest input, script or environment file was written (s since the epoch)."""
-    return max((_date(file) for member in members_of(job) for file in _sources(member)), default=0)
+    """When the newest input, script or environment file was written (s since the epoch); what the jobs of
+    a group make for each other is none of its inputs."""
+    members = members_of(job)
+    own = {name for member in members for name in _names(member.output)}
+    files = {file for member in members for file in _sources(member)} - own
+    return max(map(_date, files), default=0.0)
 
 
 def is_made(job: Any) -> bool:
@@ -59,10 +70,6 @@ def is_made(job: Any) -> bool:
 
 def _names(files: Any) -> list[str]:
     return [str(file) for file in files or ()]
-
-
-def _wildcards(member: Any) -> dict[str, str]:
-    return getattr(member, "wildcards_dict", None) or {}
 
 
 def _parameters(member: Any) -> Iterable[Any]:

@@ -241,13 +241,14 @@ class FakeCloud:
 
 
 class FakeSlurm:
-    """`refuse` names tasks that sbatch rejects; `away` makes every call fail, after `silence` seconds unless
-    in a hurry."""
+    """`refuse` names tasks that sbatch rejects; `away` makes every call fail, `away_for` those named, after
+    `silence` seconds unless in a hurry."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.away = False
         self.silence = 0.0
+        self.away_for: set[str] = set()
         self.refuse: set[str] = set()
         self.forgotten: set[str] = set()
         self.deleted: list[str] = []
@@ -316,7 +317,7 @@ class FakeSlurm:
         )
 
     def cancel(self, slurm_ids: Sequence[str]) -> None:
-        self._answer()
+        self._answer("cancel")
         for job in self.world.jobs.values():
             if job.slurm_id in slurm_ids and job.state in ("PENDING", "RUNNING"):
                 job.state, job.ended = "CANCELLED", self.world.now
@@ -332,7 +333,7 @@ class FakeSlurm:
             self.world.nodes[node] = "draining" if busy else "drained"
 
     def fail(self, node: str, reason: str) -> None:
-        self._answer()
+        self._answer("fail")
         if node in self.world.nodes:
             self.world.nodes[node] = "down"
         for job in self.world.running_on(node):
@@ -349,8 +350,8 @@ class FakeSlurm:
     def hurry(self) -> None:
         self.silence = 0.0
 
-    def _answer(self) -> None:
-        if self.away:
+    def _answer(self, question: str = "") -> None:
+        if self.away or question in self.away_for:
             self.world.pass_time(self.silence)
             raise ClusterUnavailable("away")
 

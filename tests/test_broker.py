@@ -669,3 +669,45 @@ def test_a_users_strategy_that_fails_is_named_and_ends_the_run_cleanly(
     assert name in rig.ended[bad[0].key].reason
     assert len(rig.ended) == 4
     assert rig.world.alive() == []
+
+
+def test_tasks_are_taken_over_though_the_journal_cannot_be_written(rig: Rig) -> None:
+    write = rig.journal.write
+    breaks(rig.journal)
+    rig.give(1)
+    rig.run(20)
+    assert rig.cloud.launched == [], "nothing is started that the journal does not know"
+    rig.journal.write = write  # type: ignore[method-assign]
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert [record.state for record in rig.journal.tasks("r1")] == ["complete"]
+
+
+def test_a_vm_whose_node_slurm_has_lost_is_replaced(rig: Rig) -> None:
+    rig.cloud.allow_kill = True
+    rig.give(1, strategy="one-vm-for-all", seconds=5)
+    rig.run(17)
+    rig.world.nodes.clear()
+    rig.give(1, strategy="one-vm-for-all", seconds=5)
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert len(rig.cloud.launched) == 2
+
+
+def test_a_task_taken_back_waits_for_the_end_of_a_node_that_failed(rig: Rig) -> None:
+    """Its node was drained by somebody, and failed while Slurm did not answer."""
+    rig.cloud.allow_kill = True
+    rig.world.end_time = 60
+    rig.give(seconds=200)
+    while "r1-1.1" not in rig.world.jobs:
+        rig.tick()
+        rig.world.pass_time(0.5)
+    rig.slurm.away = True
+    rig.run(5)
+    rig.world.nodes["schlouder-r1-1"] = "drained"
+    rig.world.jobs["r1-1.1"].state = "NODE_FAIL"
+    rig.slurm.away = False
+    for _ in range(40):
+        rig.tick()
+        rig.world.pass_time(1)
+        assert rig.world.twice_at_a_time() == []

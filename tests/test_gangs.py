@@ -436,3 +436,17 @@ def test_the_books_name_the_leader_of_a_companion(rig: Rig) -> None:
     rig.run(60)
     leaders = {vm.name: vm.leader for vm in rig.journal.vms("r1")}
     assert sorted(leaders.values(), key=str) == [None, None, LEADER]
+
+
+def test_a_companion_that_fails_while_its_gang_drains_is_lost(tmp_path: Path) -> None:
+    """What its ranks leave is then no failure of the job."""
+    rig = Rig(tmp_path)
+    rig.cloud.allow_kill = True
+    rig.give(1, need=Need(2, 1000, nodes=3), options=SlurmOptions(tasks=3), seconds=100)
+    rig.run(20)
+    rig.world.nodes["schlouder-r1-2"] = "draining"
+    rig.run(6)
+    rig.world.nodes["schlouder-r1-3"] = "down"
+    rig.run(6)
+    (vm,) = [vm for vm in rig.broker.vms() if vm.name == "schlouder-r1-3"]
+    assert vm.reason

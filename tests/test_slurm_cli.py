@@ -20,6 +20,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
 from snakemake_executor_plugin_schlouder.slurm.cli import (
     SlurmCommands,
     cluster_info,
+    last_line,
     parse_config,
     parse_jobs,
     parse_nodes,
@@ -390,6 +391,27 @@ def test_the_job_script_leaves_its_exit_code(tmp_path: Path, command: str, code:
     assert done.returncode == code
     assert exit_of(exit_file) == Exit(code)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_script_that_slurm_ends_lives_as_long_as_its_command(code: int, tmp_path: Path) -> None:
+    """Its failure is then none of the command's own."""
+    command = f"trap '' TERM; touch {tmp_path}/begun; sleep 1; touch {tmp_path}/over; exit {code}"
+    script = tmp_path / "script"
+    script.write_text(job_script("t", command, f"{tmp_path}/x.exit"))
+    with subprocess.Popen(["sh", str(script)]) as process:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        process.terminate()
+    assert process.returncode == code
+    assert (tmp_path / "over").exists()
+    assert (exit_of(f"{tmp_path}/x.exit") is None) == (code != 0)
+
+
+def test_the_message_is_what_slurm_says_last_of_the_cause() -> None:
+    said = "sbatch: unrecognized option '--bogus'\nTry \"sbatch --help\" for more information\n"
+    assert last_line(said) == "sbatch: unrecognized option '--bogus'"
+    assert last_line("") == "no message"
 
 
 def test_the_job_script_forgets_a_slurm_conf_that_is_not_on_the_node(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -315,13 +316,41 @@ class Part:
         return False
 
 
+class Group:
+    def __init__(self, jobs: list[Part]) -> None:
+        self.jobs = jobs
+
+    def is_group(self) -> bool:
+        return True
+
+
 def test_what_makes_two_jobs_the_same() -> None:
     same = Part("a", params=[1, object()]), Part("a", params=[1, object()])
     assert reattach.identity_of(same[0]) == reattach.identity_of(same[1])
     assert reattach.content_of(same[0]) == reattach.content_of(same[1])
     assert reattach.identity_of(same[0]) != reattach.identity_of(Part("b"))
     assert reattach.content_of(same[0]) != reattach.content_of(Part("a", params=[2]))
+    of_sets = [Part("a", params=[1, [{"x", "y"}]]), Part("a", params=[1, [object()]])]
+    assert {reattach.content_of(part) for part in (*same, *of_sets)} == {
+        reattach.content_of(same[0])
+    }
     assert reattach.content_of(same[0]) != reattach.content_of(Part("a", code="y", params=[1]))
+
+
+def test_a_group_is_known_by_the_results_of_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order they come; and what they make for each other is no input."""
+    monkeypatch.chdir(tmp_path)
+    first, second = Part("in.txt"), Part("b")
+    one, other = Group([first, second]), Group([second, first])
+    assert reattach.identity_of(one) == reattach.identity_of(other)
+    assert reattach.content_of(one) == reattach.content_of(other)
+    assert set(reattach.identity_of(second).split()) < set(reattach.identity_of(one).split())
+    Path("in.txt").touch()
+    assert reattach.changed(second) > 0.0
+    first.input = []
+    assert reattach.changed(one) == 0.0
 
 
 def test_inputs_have_a_date_and_outputs_are_there_or_not(
@@ -335,3 +364,136 @@ def test_inputs_have_a_date_and_outputs_are_there_or_not(
     Path("a").touch()
     assert reattach.changed(Part("a")) == 7.0
     assert reattach.is_made(Part("a"))
+
+
+def ends_as_spot_machines_do(rig: Rig, node: str) -> None:
+    """EC2 has taken it back, and it has a minute more."""
+    machine = rig.world.machine_of(node)
+    machine.instance = replace(machine.instance, state="shutting-down", reason="spot")
+    machine.ends = rig.world.now + 60
+
+
+def test_nothing_runs_elsewhere_while_a_machine_lost_before_can_still_write(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(identity="t", seconds=200)
+    rig.run(15)
+    ends_as_spot_machines_do(rig, "schlouder-r1-1")
+    rig.run(16)
+    restart(rig)
+    keys = hand_over_again(rig, [task])
+    rig.run(25)
+    assert rig.world.machine_of("schlouder-r1-1").instance.state == "shutting-down"
+    assert [job.request.key for job in rig.world.jobs.values() if job.started] == ["r1-1.1"]
+    rig.run(400)
+    assert rig.ended[keys["t"]].state == TaskState.COMPLETE
+
+
+@pytest.mark.parametrize("trouble", ["its VM is lost", "its VM is drained"])
+def test_what_waited_on_a_vm_that_went_is_run_elsewhere(trouble: str, tmp_path: Path) -> None:
+    """Though scancel had no reply when Snakemake was killed."""
+    rig = Rig(tmp_path, max_vms=1)
+    rig.cloud.allow_kill = True
+    tasks = [
+        rig.give(1, "one-vm-for-all", identity=f"t{n}", seconds=30, need=Need(2, 1000))[0]
+        for n in range(2)
+    ]
+    rig.run(15)
+    assert rig.world.jobs["r1-2.1"].state == "PENDING"
+    rig.slurm.away_for = {"cancel", "fail"}
+    if trouble == "its VM is lost":
+        rig.world.kill_machine("schlouder-r1-1")
+    else:
+        rig.world.nodes["schlouder-r1-1"] = "draining"
+    rig.run(16)
+    rig.slurm.away_for = set()
+    restart(rig, tasks)
+    keys = hand_over_again(rig, tasks)
+    rig.run(400)
+    assert [rig.ended[key].state for key in keys.values()] == [TaskState.COMPLETE] * 2
+
+
+def test_what_is_left_of_a_group_waits_for_the_end_of_the_whole(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    (group,) = rig.give(identity="a b c", seconds=200)
+    rig.run(15)
+    restart(rig)
+    rest = rig.new_task(identity="b c", command="run 10 0")
+    one = rig.new_task(identity="c", command="run 10 0")
+    for task in (rest, one):
+        assert rig.broker.claim(task, 0.0, is_made=False) is None
+    rig.broker.submit([rest, one])
+    rig.run(60)
+    old = rig.world.jobs[f"{group.key}.1"]
+    assert old.state == "CANCELLED"
+    assert old.ended is not None
+    for task in (rest, one):
+        started = rig.world.jobs[f"{task.key}.1"].started
+        assert started is not None
+        assert old.ended <= started
+        assert rig.ended[task.key].state == TaskState.COMPLETE
+
+
+def test_one_of_a_bundle_is_replaced_and_the_others_run_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    short = {"planned": 8.0, "may_bundle": True, "need": Need(2, 1000)}
+    tasks = [
+        rig.give(1, "one-vm-for-all", identity=f"t{n}", seconds=8, **short)[0] for n in range(4)
+    ]
+    rig.run(14)
+    assert len(next(iter(rig.world.jobs.values())).bundled) > 1
+    restart(rig)
+    rig.run(1)
+    again = rig.new_task(identity="t0", content="new", command="run 8 0", **short)
+    assert rig.broker.claim(again, 0.0, is_made=False) is None
+    rig.broker.submit([again])
+    keys = [again.key, *hand_over_again(rig, tasks[1:]).values()]
+    rig.run(200)
+    assert [rig.ended[key].state for key in keys] == [TaskState.COMPLETE] * 4
+
+
+def test_a_launch_without_a_reply_leaves_no_node(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.give(1, identity="t")
+    assert killed_at(rig, 5), "after the launch, before its reply is in the journal"
+    rig.world.pass_time(60)
+    assert rig.world.nodes
+    restart(rig)
+    rig.broker.release()
+    rig.world.pass_time(10)
+    assert rig.world.nodes == {}
+    assert rig.world.alive() == []
+
+
+def test_of_two_complete_attempts_the_newer_counts(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    for content, received in (("new", 500.0), ("old", 10.0)):
+        made = {"state": TaskState.COMPLETE, "received": received, "turn": int(content == "old")}
+        rig.journal.write("r1", tasks=[rig.new_task(identity="t", content=content, **made)])
+    restart(rig)
+    again = rig.new_task(identity="t", content="new")
+    assert rig.broker.claim(again, 0.0, is_made=True) is not None
+
+
+def test_claiming_waits_for_no_round(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    (task,) = rig.give(identity="t")
+    rig.run(15)
+    restart(rig)
+    asked, answers = threading.Event(), threading.Event()
+    view = rig.slurm.view
+
+    def silent(*arguments: Any) -> Any:
+        asked.set()
+        answers.wait(10)
+        return view(*arguments)
+
+    rig.slurm.view = silent  # type: ignore[method-assign, assignment]
+    round_ = threading.Thread(target=rig.tick)
+    round_.start()
+    asked.wait(10)
+    again = rig.new_task(identity="t", command=task.command)
+    assert rig.broker.claim(again, 0.0, is_made=False) is not None
+    assert round_.is_alive()
+    answers.set()
+    round_.join()

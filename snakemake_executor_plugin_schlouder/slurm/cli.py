@@ -440,5 +440,7 @@ def _environment(passed: Collection[str]) -> dict[str, str]:
 
 
 def last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "no message"
+    """The last line that says something; below it a command may say where its help is."""
+    lines = [line.strip() for line in text.splitlines()]
+    told = [line for line in lines if line and not line.startswith("Try ")]
+    return told[-1] if told else "no message"

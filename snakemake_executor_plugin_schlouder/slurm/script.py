@@ -50,6 +50,8 @@ def job_script(name: str, command: str, exit_file: str) -> str:
 
     A script that was revoked before it began does nothing: it was taken for lost and made again. One that
     Slurm runs once more (`scontrol requeue`) must not leave the exit code of its first run behind.
+    One that Slurm ends lives until its command has: nothing may write when Slurm calls the job ended. A
+    failure is then none of the command's own.
     """
     title = " ".join(name.split())
     whole, part, begun, revoked = (
@@ -63,11 +65,12 @@ def job_script(name: str, command: str, exit_file: str) -> str:
             f"[ ! -e {revoked} ] || {{ rm -f {begun}; exit {VOID}; }}",
             f"[ ! -e {whole} ] || rm -f {whole}",
             _FIND_CONFIGURATION,
+            "trap ended=yes TERM",
             "(",
             command,
             ")",
             "code=$?",
-            f"echo $code >{part} && mv -f {part} {whole}",
+            f'[ $code -ne 0 ] && [ -n "$ended" ] || {{ echo $code >{part} && mv -f {part} {whole}; }}',
             "exit $code",
             "",
         ]
