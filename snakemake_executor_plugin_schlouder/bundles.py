@@ -159,16 +159,22 @@ class Bundles:
                 bundle.reached = ended.ended
                 continue
             task.is_behind = not turn
-            if task.recalled and not self._revoke(self._exit_file(task)):
-                yield (
-                    told.key,
-                    replace(told, phase=JobPhase.FAILED, state="CANCELLED", started=None),
-                )
-            elif not turn and status.phase == JobPhase.RUNNING:
-                yield told.key, replace(told, phase=JobPhase.WAITING, state="PENDING", started=None)
-            elif status.phase != JobPhase.SUCCEEDED:
-                yield told.key, _begun(told, bundle.reached)
+            unended = self._unended(task, told, bundle.reached)
+            if unended is not None:
+                yield told.key, unended
             turn = False
+
+    def _unended(self, task: Task, status: JobStatus, reached: float) -> JobStatus | None:
+        """What is told of a task that has left no exit code. Where the job failed, those behind the one in
+        turn that had not begun run again."""
+        unbegun, exit_file = replace(status, started=None), self._exit_file(task)
+        if task.recalled and not self._revoke(exit_file):
+            return replace(unbegun, phase=JobPhase.FAILED, state="CANCELLED")
+        if task.is_behind and status.phase == JobPhase.RUNNING:
+            return replace(unbegun, phase=JobPhase.WAITING, state="PENDING")
+        if task.is_behind and status.phase == JobPhase.FAILED and not self._revoke(exit_file):
+            return replace(unbegun, phase=JobPhase.DISPLACED, state="REQUEUED")
+        return None if status.phase == JobPhase.SUCCEEDED else _begun(status, reached)
 
 
 def _begun(status: JobStatus, after: float) -> JobStatus:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rig import Rig
 
-from snakemake_executor_plugin_schlouder.bundles import LENGTH, SHORT, fair_share
-from snakemake_executor_plugin_schlouder.model import InstanceType, Task, TaskState
+from snakemake_executor_plugin_schlouder.bundles import LENGTH, SHORT, Bundles, fair_share
+from snakemake_executor_plugin_schlouder.model import InstanceType, Need, Task, TaskState
+from snakemake_executor_plugin_schlouder.slurm import ClusterView, JobStatus
 from snakemake_executor_plugin_schlouder.slurm.runner import snakemake_call
+from snakemake_executor_plugin_schlouder.slurm.script import BEGUN, exit_of, revoke
+from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
 
 TWO = InstanceType("two", 2, 8192)
 
@@ -60,6 +64,32 @@ def test_a_task_that_fails_fails_alone(rig: Rig) -> None:
     assert bad.state == TaskState.FAILED
     assert bad.reason == "ended with exit code 3"
     assert sum(state == TaskState.COMPLETE for state in rig.states()) == 12
+
+
+@pytest.mark.parametrize("state", ["FAILED", "TIMEOUT", "OUT_OF_MEMORY", "CANCELLED"])
+def test_with_the_runner_only_the_task_in_turn_fails(rig: Rig, state: str) -> None:
+    tasks = short(rig, 4, "one-vm-for-all", planned=8.0, seconds=8, need=Need(2, 1000))
+    rig.run(14)
+    (job,) = rig.world.jobs.values()
+    assert len(job.bundled) == 4
+    job.state, job.ended, job.bundled = state, rig.world.now, []
+    rig.run(200)
+    assert [task.state for task in tasks] == [TaskState.FAILED, *[TaskState.COMPLETE] * 3]
+    assert [task.attempt for task in tasks] == [1, 2, 2, 2]
+
+
+def test_a_task_that_had_begun_fails_with_the_runner(rig: Rig, tmp_path: Path) -> None:
+    members = [replace(rig.new_task(), attempt=1, state=TaskState.RUNNING) for _ in range(3)]
+    bundles = Bundles(exit_of, revoke, lambda task: f"{tmp_path}/{task.key}")
+    bundles.add(members)
+    for task in members[:2]:
+        Path(f"{tmp_path}/{task.key}{BEGUN}").touch()
+    key = members[0].attempt_key
+    died = JobStatus(key, "7", JobPhase.FAILED, "OUT_OF_MEMORY", "", 100.0, 130.0)
+    told = bundles.spread(ClusterView({key: died})).jobs
+    assert [told[task.attempt_key].phase for task in members] == [
+        *(JobPhase.FAILED, JobPhase.FAILED, JobPhase.DISPLACED)
+    ]
 
 
 def test_what_a_lost_machine_had_done_counts_and_the_rest_runs_elsewhere(rig: Rig) -> None:
