@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import job_files, order
-from .bundles import Bundles, take_bundle
+from .bundles import Bundles, slack, take_bundle
 from .gangs import Gangs
 from .journal import Remains
 from .machines import Machines
@@ -1070,7 +1070,7 @@ class Broker:
             script=self._script_of(tasks),
             cpus=task.need.cpus,
             memory=task.need.memory,
-            limit=sum(limits) if len(limits) == len(tasks) else None,
+            limit=sum(limits) + slack(len(tasks)) if len(limits) == len(tasks) else None,
             workdir=self._config.workdir,
             log=self._config.log_file(task) if len(tasks) == 1 else self._config.bundle_log(task),
             partition=self._config.partition,

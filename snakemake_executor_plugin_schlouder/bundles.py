@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .model import VM, Task, TaskState
 from .slurm import ClusterView, JobStatus
-from .slurm.script import Exit
+from .slurm.script import GRACE, Exit
 from .slurm.states import JobPhase
 
 SHORT = 30.0
@@ -20,6 +20,9 @@ SHORT = 30.0
 
 LENGTH = 60.0
 """Seconds of work that one bundle holds at most, so that little is lost with it."""
+
+START = 60.0
+"""Seconds that a bundle's start of Snakemake takes at most, on a VM that has to load all of it first."""
 
 WORTH = 10.0
 """Seconds of work that are worth a start of Snakemake."""
@@ -35,6 +38,11 @@ def fair_share(waiting: int, vms: int, least: int) -> int:
     all VMs end together (guided self-scheduling, Polychronopoulos and Kuck 1987), but `least` that are
     worth a start of Snakemake, if there are as many for everybody."""
     return min(math.ceil(waiting / vms), max(math.ceil(waiting / (2 * vms)), least))
+
+
+def slack(count: int) -> float:
+    """Seconds that a Slurm job of so many tasks may run beyond the sum of their limits."""
+    return START + count * GRACE if count > 1 else 0.0
 
 
 def take_bundle(vm: VM) -> list[Task]:

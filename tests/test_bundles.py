@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rig import Rig
 
-from snakemake_executor_plugin_schlouder.bundles import LENGTH, SHORT, Bundles, fair_share
+from snakemake_executor_plugin_schlouder.bundles import LENGTH, SHORT, START, Bundles, fair_share
 from snakemake_executor_plugin_schlouder.model import InstanceType, Need, Task, TaskState
 from snakemake_executor_plugin_schlouder.slurm import ClusterView, JobStatus
 from snakemake_executor_plugin_schlouder.slurm.runner import snakemake_call
-from snakemake_executor_plugin_schlouder.slurm.script import BEGUN, exit_of, revoke
+from snakemake_executor_plugin_schlouder.slurm.script import (
+    BEGUN,
+    GRACE,
+    TIMED_OUT,
+    BundledJob,
+    Exit,
+    exit_of,
+    revoke,
+)
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
 
 TWO = InstanceType("two", 2, 8192)
@@ -114,6 +127,17 @@ def test_a_drained_vm_ends_what_runs_and_gives_the_rest_back(rig: Rig) -> None:
     assert all(job.state != "CANCELLED" or job.started is None for job in rig.world.jobs.values())
 
 
+@pytest.mark.parametrize("may_bundle", [False, True])
+def test_each_may_reach_its_limit(rig: Rig, may_bundle: bool) -> None:
+    """And be given time to end, after a slow start."""
+    short(rig, 8, "one-vm-for-all", limit=60.0, may_bundle=may_bundle)
+    rig.run(12)
+    for job in rig.world.jobs.values():
+        count = len(job.bundled)
+        limit = count * (60 + GRACE) + START if may_bundle else 60
+        assert job.request.limit == limit
+
+
 def test_a_bundle_holds_a_minute_of_work(rig: Rig) -> None:
     short(rig, 60, "one-vm-for-all", planned=20.0, seconds=20)
     rig.run(30)
@@ -145,3 +169,44 @@ def test_only_a_plain_call_of_snakemake_is_forked() -> None:
     assert snakemake_call("/usr/bin/python -m snakemake --cores 1") == (".", ["--cores", "1"])
     for other in (f"{plain} && touch done", f"X=$HOME; {plain}", "run 1 0", plain[8:]):
         assert snakemake_call(other) is None
+
+
+def run_bundle(directory: Path, command: str, limit: float | None = None) -> Exit | None:
+    """How `command` ended, which is more than a plain call of Snakemake."""
+    job = BundledJob("one", command, f"{directory}/log", f"{directory}/exit", limit)
+    subprocess.run(
+        [sys.executable, "-m", "snakemake_executor_plugin_schlouder.slurm.runner"],
+        input=json.dumps([asdict(job)]),
+        text=True,
+        check=True,
+    )
+    return exit_of(job.exit_file)
+
+
+def test_what_a_job_leaves_in_the_background_ends_with_it(tmp_path: Path) -> None:
+    ended = run_bundle(tmp_path, f"sleep 1000 & echo $! >{tmp_path}/left; exit 3")
+    assert ended is not None and ended.code == 3
+    left = int((tmp_path / "left").read_text())
+    assert wait_until(lambda: not is_running(left))
+
+
+def test_a_job_beyond_its_limit_ends_with_all_it_started(tmp_path: Path) -> None:
+    command = f"(trap '' TERM; sleep 1000) & echo $! >{tmp_path}/left; wait"
+    ended = run_bundle(tmp_path, command, limit=0.5)
+    assert ended is not None and ended.code == TIMED_OUT
+    left = int((tmp_path / "left").read_text())
+    assert wait_until(lambda: not is_running(left))
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool], patience: float = 5.0) -> bool:
+    end = time.monotonic() + patience
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds()

@@ -18,10 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .script import BEGUN, DONE, PART, REVOKED, TIMED_OUT, BundledJob, words_of
-
-_GRACE = 10.0
-"""Seconds between asking a job to end and killing it."""
+from .script import BEGUN, DONE, GRACE, PART, REVOKED, TIMED_OUT, BundledJob, words_of
 
 _BEGAN = time.monotonic()
 
@@ -99,19 +96,26 @@ def _snakemake(arguments: Sequence[str]) -> int:
 
 
 def _wait(child: int, limit: float | None) -> int:
-    """The child's exit code, as a shell would tell it."""
+    """The child's exit code, as a shell would tell it. Nothing is left of its process group then."""
     watch = os.pidfd_open(child)
     try:
-        if not select.select([watch], [], [], limit)[0]:
+        is_over = bool(select.select([watch], [], [], limit)[0])
+        if not is_over:
             os.killpg(child, signal.SIGTERM)
-            if not select.select([watch], [], [], _GRACE)[0]:
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return TIMED_OUT
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code if code >= 0 else 128 - code
+            select.select([watch], [], [], GRACE)
     finally:
         os.close(watch)
+    _kill_group(child)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not is_over:
+        return TIMED_OUT
+    return code if code >= 0 else 128 - code
+
+
+def _kill_group(child: int) -> None:
+    """Before the child is waited for: until then its number is nobody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def _leave(path: str, text: str) -> None:

@@ -17,6 +17,9 @@ VOID = 75
 TIMED_OUT = 124
 """Exit code of a bundled job that ran longer than its `runtime`, as of timeout(1)."""
 
+GRACE = 10.0
+"""Seconds between asking a bundled job to end that ran longer than its `runtime` and killing it."""
+
 PART, BEGUN, REVOKED, DONE = ".part", ".begun", ".revoked", ".done"
 """Endings of the files beside an exit-code file; the last one holds how many jobs of a bundle are over."""
 
