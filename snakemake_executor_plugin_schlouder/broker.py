@@ -139,9 +139,10 @@ class BrokerConfig:
     def log_file(self, task: Task) -> str:
         return f"{self._files}/{job_files.log_name(task)}"
 
-    def bundle_log(self, first: Task) -> str:
-        """What a bundle says beside its tasks' own logs: nothing, unless it could not begin."""
-        return f"{self.log_file(first)}.bundle"
+    def bundle_log(self, task: Task) -> str:
+        """What the bundle of its last attempt says beside its tasks' own logs: nothing, unless it could
+        not begin."""
+        return f"{self._files}/{job_files.bundle_log_name(task.submission)}"
 
     def exit_file(self, task: Task) -> str:
         return f"{self._files}/{job_files.exit_name(task, task.attempt)}"
