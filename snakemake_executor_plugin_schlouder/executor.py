@@ -250,7 +250,7 @@ class Executor(RemoteExecutor):
             asks_seldom=True,
             launch_timeout=_LAUNCH_TIMEOUT,
         )
-        broker_config.files.mkdir(parents=True, exist_ok=True)
+        broker_config.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweeper = Sweeper(self._workdir, self._run)
         self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint
