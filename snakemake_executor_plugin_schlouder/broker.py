@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import job_files, order
-from .bundles import Bundles, take_bundle
+from .bundles import Bundles, slack, take_bundle
 from .gangs import Gangs
 from .journal import Remains
 from .machines import Machines
@@ -141,9 +141,10 @@ class BrokerConfig:
     def log_file(self, task: Task) -> str:
         return f"{self._files}/{job_files.log_name(task)}"
 
-    def bundle_log(self, first: Task) -> str:
-        """What a bundle says beside its tasks' own logs: nothing, unless it could not begin."""
-        return f"{self.log_file(first)}.bundle"
+    def bundle_log(self, task: Task) -> str:
+        """What the bundle of its last attempt says beside its tasks' own logs: nothing, unless it could
+        not begin."""
+        return f"{self._files}/{job_files.bundle_log_name(task.submission)}"
 
     def exit_file(self, task: Task) -> str:
         return f"{self._files}/{job_files.exit_name(task, task.attempt)}"
@@ -1127,7 +1128,7 @@ class Broker:
             script=self._script_of(tasks),
             cpus=task.need.cpus,
             memory=task.need.memory,
-            limit=sum(limits) if len(limits) == len(tasks) else None,
+            limit=sum(limits) + slack(len(tasks)) if len(limits) == len(tasks) else None,
             workdir=self._config.workdir,
             log=self._config.log_file(task) if len(tasks) == 1 else self._config.bundle_log(task),
             partition=self._config.partition,

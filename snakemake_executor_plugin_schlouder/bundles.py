@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .model import VM, Task, TaskState
 from .slurm import ClusterView, JobStatus
-from .slurm.script import Exit
+from .slurm.script import GRACE, Exit
 from .slurm.states import JobPhase
 
 SHORT = 30.0
@@ -20,6 +20,9 @@ SHORT = 30.0
 
 LENGTH = 60.0
 """Seconds of work that one bundle holds at most, so that little is lost with it."""
+
+START = 60.0
+"""Seconds that a bundle's start of Snakemake takes at most, on a VM that has to load all of it first."""
 
 WORTH = 10.0
 """Seconds of work that are worth a start of Snakemake."""
@@ -35,6 +38,11 @@ def fair_share(waiting: int, vms: int, least: int) -> int:
     all VMs end together (guided self-scheduling, Polychronopoulos and Kuck 1987), but `least` that are
     worth a start of Snakemake, if there are as many for everybody."""
     return min(math.ceil(waiting / vms), max(math.ceil(waiting / (2 * vms)), least))
+
+
+def slack(count: int) -> float:
+    """Seconds that a Slurm job of so many tasks may run beyond the sum of their limits."""
+    return START + count * GRACE if count > 1 else 0.0
 
 
 def take_bundle(vm: VM) -> list[Task]:
@@ -167,16 +175,22 @@ class Bundles:
                 bundle.reached = ended.ended
                 continue
             task.is_behind = not turn
-            if task.recalled and not self._revoke(self._exit_file(task)):
-                yield (
-                    told.key,
-                    replace(told, phase=JobPhase.FAILED, state="CANCELLED", started=None),
-                )
-            elif not turn and status.phase == JobPhase.RUNNING:
-                yield told.key, replace(told, phase=JobPhase.WAITING, state="PENDING", started=None)
-            elif status.phase != JobPhase.SUCCEEDED:
-                yield told.key, _begun(told, bundle.reached)
+            unended = self._unended(task, told, bundle.reached)
+            if unended is not None:
+                yield told.key, unended
             turn = False
+
+    def _unended(self, task: Task, status: JobStatus, reached: float) -> JobStatus | None:
+        """What is told of a task that has left no exit code. Where the job failed, those behind the one in
+        turn that had not begun run again."""
+        unbegun, exit_file = replace(status, started=None), self._exit_file(task)
+        if task.recalled and not self._revoke(exit_file):
+            return replace(unbegun, phase=JobPhase.FAILED, state="CANCELLED")
+        if task.is_behind and status.phase == JobPhase.RUNNING:
+            return replace(unbegun, phase=JobPhase.WAITING, state="PENDING")
+        if task.is_behind and status.phase == JobPhase.FAILED and not self._revoke(exit_file):
+            return replace(unbegun, phase=JobPhase.DISPLACED, state="REQUEUED")
+        return None if status.phase == JobPhase.SUCCEEDED else _begun(status, reached)
 
 
 def _begun(status: JobStatus, after: float) -> JobStatus:

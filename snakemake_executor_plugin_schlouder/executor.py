@@ -27,6 +27,7 @@ from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
+from snakemake_interface_executor_plugins.utils import encode_target_jobs_cli_args
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
 from .broker import Broker, BrokerConfig
@@ -39,7 +40,7 @@ from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
 from .provision import Cloud, Ec2Cloud, Ec2Settings, Join, connect
-from .quoting import quoted_rules, shell_command
+from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
@@ -136,7 +137,14 @@ class Executor(RemoteExecutor):
     def get_job_args(self, job: JobExecutorInterface) -> str:
         """With the default limit of 100 jobs a second the job's own Snakemake, which has one job to start,
         would wait a second for the next; among the jobs of a group the limit keeps it from spinning."""
-        arguments = quoted_rules(super().get_job_args(job), job.rules)
+        unneeded = list(self.workflow.dag.get_unneeded_temp_files(job))
+        options = (
+            ("--target-jobs", encode_target_jobs_cli_args(job.get_target_spec())),
+            (RULES, list(job.rules)),
+            ("--unneeded-temp-files", unneeded),
+            ("--wait-for-files", [self.tmpdir, *job.get_wait_for_files()]),
+        )
+        arguments = quoted_options(super().get_job_args(job), options)
         return arguments if job.is_group() else f"{arguments} --max-jobs-per-timespan 1/0s"
 
     # -- Snakemake asks what became of them
@@ -243,7 +251,7 @@ class Executor(RemoteExecutor):
             asks_seldom=True,
             launch_timeout=_LAUNCH_TIMEOUT,
         )
-        broker_config.files.mkdir(parents=True, exist_ok=True)
+        broker_config.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweeper = Sweeper(self._workdir, self._run)
         self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint

@@ -30,6 +30,8 @@ _RUN = re.compile(r"[0-9a-f]{8}")
 _OURS = re.compile(
     r"\d+-[A-Za-z0-9_.=-]+\.\d+\.(log(\.bundle)?|exit(\.done)?(\.part|\.begun|\.revoked)?)"
 )
+_STAYING = (".log", ".log.bundle", ".revoked")
+"""Endings of what is ours and stays at the end of a run: those of successes are gone by then."""
 
 
 def folder(workdir: Path) -> Path:
@@ -45,6 +47,12 @@ def log_name(task: Task) -> str:
     return f"{'-'.join(word for word in words if word)}.{task.attempt}.log"
 
 
+def bundle_log_name(submission: str) -> str:
+    """File name of the log of a bundle's Slurm job, which the attempt key of its first task names."""
+    number, _, attempt = submission.rpartition("-")[2].partition(".")
+    return f"{number}-bundle.{attempt}.log.bundle"
+
+
 def exit_name(task: Task, attempt: int) -> str:
     """File name of the exit code of one attempt."""
     return f"{_number(task)}-{task.rule[:_LONGEST]}.{attempt}.exit"
@@ -57,7 +65,8 @@ def names_to_remove(task: Task) -> list[str]:
     names = [name for attempt in attempts for name in markers(exit_name(task, attempt))]
     if task.state == TaskState.COMPLETE:
         log = log_name(task).removesuffix(f".{task.attempt}.log")
-        names += [f"{log}.{attempt}.log{end}" for attempt in attempts for end in ("", ".bundle")]
+        names += [f"{log}.{attempt}.log" for attempt in attempts]
+        names += [bundle_log_name(f"{task.key}.{attempt}") for attempt in attempts]
     return names
 
 
@@ -115,7 +124,7 @@ class Sweeper:
         path = self._folder / self._run
         with _opened(path) as place:
             left = [name for name in _names(place) if _OURS.fullmatch(name)]
-            _unlink(place, [name for name in left if not name.endswith((".log", ".revoked"))])
+            _unlink(place, [name for name in left if not name.endswith(_STAYING)])
         path.rmdir()
 
     def _remove_old(self, before: float, living: Collection[str]) -> None:

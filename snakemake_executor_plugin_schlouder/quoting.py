@@ -1,7 +1,8 @@
 """The command of a job, quoted for the shell.
 
-Snakemake quotes values as Python's `repr` does, and the names of rules not at all: a file name with both a
-quote and `$(...)` would be run by the shell, and a backslash would arrive twice.
+Snakemake quotes values as Python's `repr` does, but not those that begin with a quote, nor the names of
+rules: a file name with both a quote and `$(...)` would be run by the shell, and a backslash would arrive
+twice.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from snakemake_interface_executor_plugins.utils import format_cli_arg
+
+RULES = "--allowed-rules"
+"""The option whose values Snakemake does not quote at all."""
 
 _BEGIN = " -m snakemake --snakefile "
 _QUOTED = re.compile(r"""(?<=\s)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?=\s|$)""")
@@ -26,11 +30,17 @@ def shell_command(command: str) -> str:
     )
 
 
-def quoted_rules(arguments: str, rules: Iterable[str]) -> str:
-    """The arguments of a job with the names of its rules quoted as its other values are."""
-    names = list(rules)
-    bare = format_cli_arg("--allowed-rules", names, quote=False)
-    return arguments.replace(bare, " ".join(["--allowed-rules", *map(repr, names)]), 1)
+def quoted_options(arguments: str, options: Iterable[tuple[str, Sequence[object]]]) -> str:
+    """The arguments of a job with the values of these options quoted as `repr` does, also where a value
+    begins with a quote or is the name of a rule. The options are those that Snakemake puts text of the
+    user into, in its order: none is looked for in the values of those before it."""
+    done, rest = "", arguments
+    for flag, values in options:
+        given = format_cli_arg(flag, values, quote=flag != RULES)
+        if given and given in rest:
+            before, _, rest = rest.partition(given)
+            done += before + " ".join([flag, *(repr(str(value)) for value in values)])
+    return done + rest
 
 
 def _for_the_shell(found: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Mapping
 
@@ -158,6 +159,8 @@ def test_files_of_successes_go_at_once_and_old_ones_after_days(site: Site) -> No
     (site.directory / "a").unlink()
     assert site.run("--schlouder-keep-logs").returncode == 0
     assert "1-all.1.log" in files(site)
+    (run,) = (site.directory / ".snakemake/schlouder").iterdir()
+    assert stat.S_IMODE(run.stat().st_mode) == 0o700
 
 
 def test_any_wildcard_makes_a_log_that_can_be_shown(site: Site) -> None:

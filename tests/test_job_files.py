@@ -9,10 +9,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from rig import Rig
 
 from snakemake_executor_plugin_schlouder.executor import Executor
 from snakemake_executor_plugin_schlouder.job_files import (
     Sweeper,
+    bundle_log_name,
     exit_name,
     folder,
     log_name,
@@ -80,6 +82,21 @@ def test_any_wildcard_makes_a_plain_short_name(tmp_path: Path, wildcards: str) -
         (tmp_path / name).touch()
 
 
+def test_the_log_of_a_bundle_is_found_by_all_of_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    tasks = rig.give(
+        4, "one-vm-for-all", seconds=8, planned=8.0, may_bundle=True, need=Need(2, 1000)
+    )
+    rig.run(12)
+    (job,) = rig.world.jobs.values()
+    assert len(job.bundled) == 4
+    assert {rig.config.bundle_log(task) for task in tasks} == {job.request.log}
+    Path(job.request.log).touch()
+    Path(rig.config.log_file(tasks[2])).touch()
+    logs = [rig.broker.log_of(task) for task in tasks]
+    assert [str(log) == job.request.log for log in logs] == [True, True, False, True]
+
+
 def test_two_tries_of_one_job_share_no_file() -> None:
     again = replace(TASK, key=f"{RUN}-18")
     assert log_name(again) != log_name(TASK)
@@ -88,7 +105,7 @@ def test_two_tries_of_one_job_share_no_file() -> None:
 
 def test_a_success_leaves_only_what_revokes_its_submissions(tmp_path: Path) -> None:
     files = [f"17-search.{n}.exit{end}" for n in (1, 2) for end in ("", ".begun", ".part")]
-    logs = ["17-search-chunk=3.1.log", "17-search-chunk=3.2.log"]
+    logs = ["17-search-chunk=3.1.log", "17-search-chunk=3.2.log", "17-bundle.1.log.bundle"]
     others = {"17-search.1.exit.revoked", "18-search.1.exit", "18-search-chunk=4.1.log"}
     made = run_folder(tmp_path, RUN, *files, *logs, *others)
     sweeper = Sweeper(tmp_path, RUN)
@@ -105,8 +122,9 @@ def test_a_failure_leaves_its_logs() -> None:
 
 def test_at_the_end_of_a_run_marks_go_and_the_folder_if_it_is_empty(tmp_path: Path) -> None:
     made = run_folder(tmp_path, RUN, "1-a.1.exit", "1-a.1.exit.begun", "1-a.1.log", "mine.txt")
+    (made / bundle_log_name(f"{RUN}-1.2")).touch()
     Sweeper(tmp_path, RUN).close(everything=True)
-    assert names(made) == {"1-a.1.log", "mine.txt"}
+    assert names(made) == {"1-a.1.log", "1-bundle.2.log.bundle", "mine.txt"}
     empty = run_folder(tmp_path, "00000000", "1-a.1.exit")
     Sweeper(tmp_path, "00000000").close(everything=True)
     assert not empty.exists()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+from unittest.mock import Mock
 
 import pytest
-from snakemake_interface_executor_plugins.utils import format_cli_arg
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
+from snakemake_interface_executor_plugins.utils import (
+    TargetSpec,
+    encode_target_jobs_cli_args,
+    format_cli_arg,
+)
 
-from snakemake_executor_plugin_schlouder.quoting import quoted_rules, shell_command
+from snakemake_executor_plugin_schlouder.executor import Executor
+from snakemake_executor_plugin_schlouder.quoting import shell_command
 
 VALUES = [
     "plain",
@@ -22,6 +29,12 @@ VALUES = [
     "üñí☃",
     "x;y&z|w>v",
     "-m snakemake --snakefile ",
+    "--allowed-rules one --wait-for-files '/tmp'",
+    "'a'$(echo run)",
+    '"a"`echo run`',
+    "'a' b",
+    "'it's' \"$HOME\"",
+    "'",
 ]
 
 
@@ -49,8 +62,25 @@ def test_what_comes_before_snakemake_is_left_alone() -> None:
     )
 
 
-def test_names_of_rules_are_quoted() -> None:
-    rules = ["one", "a rule; $(echo run) 'x'"]
-    bare = format_cli_arg("--allowed-rules", rules, quote=False)
-    command = f"python -m snakemake --snakefile 'S' {quoted_rules(f'{bare} --cores 2', rules)}"
-    assert words(shell_command(command))[5:] == ["--allowed-rules", *rules, "--cores", "2"]
+@pytest.mark.parametrize("value", VALUES)
+def test_names_of_files_rules_and_wildcards_arrive_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """Through what the interface makes of a job."""
+    executor = Executor.__new__(Executor)
+    workflow = Mock()
+    workflow.dag.get_unneeded_temp_files.return_value = [value, "temp"]
+    workflow.storage_settings.shared_fs_usage = list(SharedFSUsage)
+    for name, given in (("workflow", workflow), ("_tmpdir", "/t"), ("_job_cores", 2)):
+        monkeypatch.setattr(executor, name, given, raising=False)
+    job = Mock(rules=[value, "one"], attempt=1, jobid=3, is_updated=False)
+    job.is_group.return_value = True
+    job.get_target_spec.return_value = [TargetSpec(value, {"n": value})]
+    job.get_wait_for_files.return_value = ["in", value]
+    target = encode_target_jobs_cli_args(job.get_target_spec())
+    command = f"python -m snakemake --snakefile 'S' {executor.get_job_args(job)}"
+    assert words(shell_command(command))[5:] == [
+        *("--target-jobs", *target, "--allowed-rules", value, "one"),
+        *("--local-groupid", "3", "--cores", "2", "--attempt", "1"),
+        *("--unneeded-temp-files", value, "temp", "--wait-for-files", "/t", "in", value),
+    ]

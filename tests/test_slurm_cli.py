@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -310,7 +311,8 @@ def test_jobs_get_neither_options_in_disguise_nor_cloud_credentials(
 ) -> None:
     withheld = (
         *("SLURM_MEM_PER_CPU", "SBATCH_ACCOUNT", "SQUEUE_PARTITION", "SNAKEMAKE_PROFILE"),
-        *("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_CONTAINER_AUTHORIZATION_TOKEN"),
+        *("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_WEB_IDENTITY_TOKEN_FILE"),
     )
     for name in (*withheld, "AWS_SESSION_TOKEN", "SLURM_CONF", "OTHER"):
         monkeypatch.setenv(name, "x")
@@ -412,6 +414,22 @@ def test_the_message_is_what_slurm_says_last_of_the_cause() -> None:
     said = "sbatch: unrecognized option '--bogus'\nTry \"sbatch --help\" for more information\n"
     assert last_line(said) == "sbatch: unrecognized option '--bogus'"
     assert last_line("") == "no message"
+
+
+def test_only_a_short_file_of_our_own_tells_how_a_script_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exit_file = tmp_path / "x.exit"
+    exit_file.write_text("7 1.5 2.5\n")
+    assert exit_of(str(exit_file)) == Exit(7, 1.5, 2.5)
+    (tmp_path / "link").symlink_to(exit_file)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "long").write_text("7" + " " * 1000)
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for name in ("link", "fifo", "long", "bytes", "/dev/zero", ".", "missing"):
+        assert exit_of(str(tmp_path / name)) is None
+    monkeypatch.setattr(os, "getuid", lambda: exit_file.stat().st_uid + 1)
+    assert exit_of(str(exit_file)) is None
 
 
 def test_the_job_script_forgets_a_slurm_conf_that_is_not_on_the_node(tmp_path: Path) -> None:

@@ -18,10 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .script import BEGUN, DONE, PART, REVOKED, TIMED_OUT, BundledJob, words_of
-
-_GRACE = 10.0
-"""Seconds between asking a job to end and killing it."""
+from .script import BEGUN, DONE, GRACE, PART, REVOKED, TIMED_OUT, BundledJob, words_of
 
 _BEGAN = time.monotonic()
 
@@ -31,6 +28,7 @@ def main() -> None:
     jobs = [BundledJob(**job) for job in json.load(sys.stdin)]
     done = Path(jobs[0].exit_file + DONE)
     over = int(done.read_text()) if done.exists() else 0
+    signal.signal(signal.SIGTERM, _end)
     _load_snakemake()
     for number, job in enumerate(jobs[over:], over + 1):
         Path(job.exit_file + BEGUN).touch()
@@ -41,9 +39,20 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             sys.exit(_run(job))
+        with contextlib.suppress(OSError):  # whoever comes first, the child or we
+            os.setpgid(child, child)
         code = _wait(child, job.limit)
         _leave(job.exit_file, f"{code} {begun:.3f} {time.monotonic() - _BEGAN:.3f}\n")
         _leave(str(done), str(number))
+
+
+class _Ended(SystemExit):
+    """Slurm ends the bundle: what runs is ended with it, and nothing more is begun."""
+
+
+def _end(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise _Ended(128 + number)
 
 
 def snakemake_call(command: str) -> tuple[str, list[str]] | None:
@@ -74,6 +83,7 @@ def _load_snakemake() -> None:
 
 def _run(job: BundledJob) -> int:
     """In the child: the job's exit code, unless a shell takes its place."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -99,19 +109,35 @@ def _snakemake(arguments: Sequence[str]) -> int:
 
 
 def _wait(child: int, limit: float | None) -> int:
-    """The child's exit code, as a shell would tell it."""
+    """The child's exit code, as a shell would tell it. Nothing is left of its process group then."""
     watch = os.pidfd_open(child)
     try:
-        if not select.select([watch], [], [], limit)[0]:
-            os.killpg(child, signal.SIGTERM)
-            if not select.select([watch], [], [], _GRACE)[0]:
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return TIMED_OUT
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code if code >= 0 else 128 - code
+        is_over = bool(select.select([watch], [], [], limit)[0])
+        if not is_over:
+            _ask_to_end(child, watch)
+    except _Ended:
+        _ask_to_end(child, watch)
+        _kill_group(child)
+        raise
     finally:
         os.close(watch)
+    _kill_group(child)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not is_over:
+        return TIMED_OUT
+    return code if code >= 0 else 128 - code
+
+
+def _ask_to_end(child: int, watch: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGTERM)
+    select.select([watch], [], [], GRACE)
+
+
+def _kill_group(child: int) -> None:
+    """Before the child is waited for: until then its number is nobody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def _leave(path: str, text: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 VOID = 75
 """Exit code of a script that was revoked (EX_TEMPFAIL)."""
@@ -17,8 +19,14 @@ VOID = 75
 TIMED_OUT = 124
 """Exit code of a bundled job that ran longer than its `runtime`, as of timeout(1)."""
 
+GRACE = 10.0
+"""Seconds between asking a bundled job to end that ran longer than its `runtime` and killing it."""
+
 PART, BEGUN, REVOKED, DONE = ".part", ".begun", ".revoked", ".done"
 """Endings of the files beside an exit-code file; the last one holds how many jobs of a bundle are over."""
+
+_LONGEST = 256
+"""Bytes of an exit-code file."""
 
 _FIND_CONFIGURATION = '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF'
 """SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's commands
@@ -127,9 +135,24 @@ def markers(exit_file: str) -> tuple[str, ...]:
 
 
 def exit_of(exit_file: str) -> Exit | None:
-    """What the script wrote; None if it has not ended, or not by itself."""
+    """What the script wrote; None if it has not ended, or not by itself. Anything but a short regular file
+    of our own counts as not there."""
     try:
-        code, *times = Path(exit_file).read_text().split()
+        code, *times = _own_text(exit_file).split()
         return Exit(int(code), *(float(time) for time in times[:2]))
     except (OSError, ValueError):
         return None
+
+
+def _own_text(path: str) -> str:
+    """The text of a short regular file of our own; "" of anything else, of which no link is followed and no
+    writer waited for. OSError if there is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        is_ours = S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+        return (
+            os.read(descriptor, _LONGEST).decode() if is_ours and status.st_size <= _LONGEST else ""
+        )
+    finally:
+        os.close(descriptor)
