@@ -29,7 +29,13 @@ _RATIOS = (
 """Factors of other resources, which Snakemake sums over the members of a group as if they were amounts."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
-_GRES = re.compile(r"(?P<name>\w+)(:(?P<model>[\w.]+))?:(?P<count>\d+)")
+_GRES = re.compile(r"(?P<name>\w+)(:(?P<model>[\w.]+))?:(?P<count>\d{1,6})")
+
+_DIGITS = 12
+"""Of the longest number that means anything. Python neither reads nor writes those of some thousands."""
+
+_LONGEST = 200
+"""Characters of a value in an error message."""
 
 _OWN_OPTIONS = {
     **dict.fromkeys(
@@ -50,6 +56,7 @@ _OWN_OPTIONS = {
         ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres", "mem-per-gpu"),
         "use the resource gpu",
     ),
+    "tres-per-task": "use threads, cpus_per_task or gpu",
     **dict.fromkeys(
         ("exclusive", "oversubscribe", "share", "overcommit"), "use --schlouder-sharing"
     ),
@@ -172,8 +179,16 @@ def of_group(
 
 def known(value: Any) -> Any:
     """None for what Snakemake marks as to be determined (`<TBD>`): it depends on files still to be made."""
-    undetermined = value is None or "TBD" in type(value).__name__ or str(value) == "<TBD>"
+    undetermined = value is None or "TBD" in type(value).__name__ or value == "<TBD>"
     return None if undetermined else value
+
+
+def _shown(value: Any) -> str:
+    """For a person."""
+    if isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        return f"a number of more than {_DIGITS} digits"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class _Asked:
@@ -185,21 +200,22 @@ class _Asked:
         self.problems: list[str] = []
 
     def refuse(self, name: str, allowed: str) -> None:
-        value = self._resources.get(name)
-        self.problems.append(f"rule {self._rule}: {name}: {value!r} is not allowed; {allowed}")
+        value = _shown(self._resources.get(name))
+        self.problems.append(f"rule {self._rule}: {name}: {value} is not allowed; {allowed}")
 
     def number(self, name: str, or_negative: bool = False) -> int:
-        """A whole number, 0 if not given."""
+        """A whole number, rounded up, so that a little is not none; 0 if not given."""
         value = known(self._resources.get(name))
         if value in (None, ""):
             return 0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        if isinstance(value, str) and re.fullmatch(rf"-?\d{{1,{_DIGITS}}}", value):
             value, is_number = int(value), True
-        if not is_number or not abs(value) < float("inf") or (value < 0 and not or_negative):
-            self.refuse(name, "it must be a number above 0, or 0 for none")
+        if not is_number or not abs(value) < 10**_DIGITS or (value < 0 and not or_negative):
+            allowed = f"it must be a number above 0 of at most {_DIGITS} digits, or 0 for none"
+            self.refuse(name, allowed)
             return 0
-        return int(value)
+        return -int(-value // 1)
 
     def text(self, name: str) -> str:
         """A text, empty if not given."""

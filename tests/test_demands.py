@@ -108,6 +108,13 @@ def test_slurms_own_options_are_handed_on() -> None:
     assert asked.ignored == ("slurm_partition", "clusters")
 
 
+@pytest.mark.parametrize(
+    ("runtime", "limit"), [(0.5, 60), (1.2, 120), (2, 120), (0.0, None), ("3", 180)]
+)
+def test_a_runtime_is_rounded_up_to_minutes(runtime: object, limit: float | None) -> None:
+    assert demand("r", 1, {"runtime": runtime}).limit == limit
+
+
 def test_nothing_given_is_nothing_asked() -> None:
     empty = {"mem_mb": 0, "runtime": 0, "gpu": 0, "constraint": "", "qos": "", "slurm_extra": ""}
     assert demand("r", 1, empty) == demand("r", 1, {})
@@ -127,6 +134,11 @@ def test_nothing_given_is_nothing_asked() -> None:
         ({"tasks": 8, "tasks_per_node": 4}, "rule r: tasks: 8 is not allowed"),
         ({"mem_mb": True}, "rule r: mem_mb: True is not allowed"),
         ({"mem_mb": float("inf")}, "rule r: mem_mb: inf is not allowed"),
+        ({"mem_mb": float("nan")}, "rule r: mem_mb: nan is not allowed"),
+        ({"mem_mb": 10**5000}, "rule r: mem_mb: a number of more than 12 digits is not allowed"),
+        ({"runtime": "9" * 5000}, "9... is not allowed; it must be a number above 0 of at most 12"),
+        ({"runtime": 10**12}, "rule r: runtime: a number of more than 12 digits is not allowed"),
+        ({"gres": f"gpu:{'9' * 5000}"}, "9... is not allowed; VMs have gpu:COUNT"),
         ({"disk_mb": -5}, "rule r: disk_mb: -5 is not allowed"),
         ({"gpu_model": "t4"}, "rule r: gpu_model: 't4' is not allowed; the number"),
         ({"gpu": 1, "gpu_model": "t 4"}, "rule r: gpu_model: 't 4' is not allowed; it must be"),
@@ -157,6 +169,8 @@ def test_what_no_vm_can_give_is_refused(resources: dict[str, Any], message: str)
         ("--exclusive", "use --schlouder-sharing"),
         ("--exclude=n1", "the option --exclude is not yours to give"),
         ("--gres=gpu:1", "use the resource gpu"),
+        ("--tres-per-task=cpu:8", "use threads, cpus_per_task or gpu"),
+        ("--tres-per cpu:8", "the option --tres-per is not yours to give"),
         ("script.sh", "'script.sh' is no option of sbatch"),
         ("--nice 5", "'5' is no option of sbatch; write --option=value"),
         (":", "':' is no option of sbatch"),
