@@ -115,6 +115,9 @@ NAMES = [
     "".join(map(str, range(90))) + "/" + "".join(map(str, range(100, 150))),
 ]
 
+QUOTED = "'a'$(touch hacked)"
+"""Looks quoted; Snakemake itself takes the quotes off a wildcard, but not off a file."""
+
 NAMED = f"""
 rule all:
     input: expand("out/{{n}}.txt", n={NAMES!r}), "out/line\\nbreak", "out/named", "out/long"
@@ -124,7 +127,7 @@ rule one:
     log: "logs/{{n}}.log"
     shell: "printf %s {{wildcards.n:q}} 2>&1 >{{output:q}} | tee {{log:q}}"
 rule break:
-    input: expand("out/{{n}}.txt", n={NAMES[:6]!r})
+    input: expand("out/{{n}}.txt", n={NAMES[:6]!r}), {QUOTED!r}
     output: "out/line\\nbreak"
     shell: "touch {{output:q}}"
 rule:
@@ -241,6 +244,7 @@ def test_names_of_every_kind_reach_the_job_as_they_are(site: Site) -> None:
         path = site.directory / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    (site.directory / QUOTED).touch()
     done = site.run("--keep-going")
     assert done.returncode == 0, done.stdout
     for name in NAMES:
