@@ -167,7 +167,7 @@ class Books(Protocol):
 
 
 class Broker:
-    """`submit`, `tick`, `stop` and `release` may be called from different threads."""
+    """`claim`, `submit`, `tick`, `stop`, `hurry` and `release` may be called from different threads."""
 
     def __init__(
         self,

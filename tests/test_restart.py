@@ -28,6 +28,19 @@ rule one:
 """
 
 
+GROUP = """
+rule second:
+    input: "first.txt"
+    output: "second.txt"
+    group: "both"
+    shell: "echo begin >>trace; sleep 8; echo end >>trace; touch {output}"
+rule first:
+    output: "first.txt"
+    group: "both"
+    shell: "echo once >>runs.first; touch {output}"
+"""
+
+
 def workflow(pause: int) -> str:
     """Six jobs that write down every run of theirs, and take so many seconds."""
     return WORKFLOW.replace("PAUSE", str(pause))
@@ -59,14 +72,13 @@ def runs(site: Site) -> list[int]:
     return [len(path.read_text().split()) for path in files(site, "runs.*")]
 
 
-@pytest.mark.parametrize("moment", ["a VM boots", "jobs run", "a job is done"])
+@pytest.mark.parametrize("moment", ["a VM boots", "a job is done"])
 def test_killed_and_started_again_every_job_runs_once_and_no_vm_is_started_twice(
     site: Site, moment: str
 ) -> None:
     site.write(workflow(2))
     moments: dict[str, Callable[[], bool]] = {
         "a VM boots": lambda: bool(site.alive()),
-        "jobs run": lambda: bool(files(site, "runs.*")),
         "a job is done": lambda: any("done" in f.read_text() for f in files(site, "out/*")),
     }
     before = len(site.instances())
@@ -107,6 +119,16 @@ def test_an_attempt_with_other_parameters_is_ended_before_the_new_one_begins(sit
     assert time.monotonic() - started < 60, "nobody waits for what is not wanted any more"
     assert sorted(runs(site)) == [1] * (JOBS - begun) + [2] * begun
     assert all(file.read_text() == "begun\ndone\n" for file in files(site, "out/*"))
+
+
+def test_what_is_left_of_a_group_is_not_begun_beside_the_whole(site: Site) -> None:
+    """The rest of it is a group of its own now, which makes the same file."""
+    site.write(GROUP)
+    kill_when(site, (site.directory / "trace").exists)
+    said = restart(site)
+    assert "is ended, and done anew" in said
+    assert (site.directory / "trace").read_text().split() == ["begin", "begin", "end"]
+    assert runs(site) == [1], "what was done stays done"
 
 
 def test_a_run_that_goes_on_can_be_ended_with_ctrl_c(site: Site) -> None:
