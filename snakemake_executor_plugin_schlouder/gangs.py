@@ -44,14 +44,14 @@ class Gangs:
 
     def members(self, vm: VM) -> Sequence[VM]:
         """All VMs of the gang of `vm`, the leader first."""
-        return self._members.get(vm.leader or vm.name, (vm,))
+        return self._members.get(vm.leader or vm.name, (vm,)) if self._members else (vm,)
 
     def leader(self, vm: VM) -> VM:
-        return self.members(vm)[0]
+        return vm if vm.leader is None else self.members(vm)[0]
 
     def companions(self, vm: VM) -> Sequence[VM]:
         """The other VMs on which the tasks of `vm` run."""
-        return self.members(vm)[1:] if vm.leader is None else ()
+        return self.members(vm)[1:] if vm.nodes > 1 else ()
 
     def joined(self, vm: VM) -> list[VM]:
         """Who is ready now that the node of `vm` is up; the leader is not before all are."""

@@ -110,6 +110,8 @@ class Need:
         a gres.conf that names its devices), so nobody else could keep two tasks off the same one."""
         memory = self.memory or kind.node_memory * self.cpus // kind.cpus
         gpus = kind.gpus if self.gpus else 0
+        if memory == self.memory and gpus == self.gpus:
+            return self
         return replace(self, memory=memory, gpus=gpus)
 
 
