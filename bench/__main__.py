@@ -1,4 +1,4 @@
-"""`make bench`: all measurements, one row a figure, also in build/bench.json; less than 25 minutes.
+"""`make bench`: all measurements, one row a figure, also in build/bench.json; half an hour.
 
 Every single run is in build/bench-runs.json.
 

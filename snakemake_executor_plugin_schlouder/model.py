@@ -199,7 +199,7 @@ class Billing:
         return left - self.margin
 
 
-@dataclass
+@dataclass(slots=True)
 class Task:
     """One Snakemake job (or group job) on its way through the broker.
 
@@ -265,7 +265,7 @@ class Task:
         return estimate_of(self.planned) if self.expected is None else self.expected
 
 
-@dataclass
+@dataclass(slots=True)
 class VM:
     """One rented machine, which is one Slurm node; `name` is the node's name.
 

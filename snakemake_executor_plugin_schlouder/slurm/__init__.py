@@ -38,7 +38,7 @@ class ClusterInfo:
     munge_socket: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class JobRequest:
     """One submission. `key` travels as the comment, `run` is the job name: both find the job again
     when the reply to the submission is lost. It runs on `node` and on its `companions`; `cpus` and
@@ -71,7 +71,7 @@ class JobRequest:
         return self.cpus // self.tasks_per_node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """What Slurm says of one submission. `started`/`ended` are seconds since the epoch."""
 
