@@ -206,7 +206,7 @@ def vms_of(site: Site) -> dict[str, str]:
     names = {
         instance["InstanceId"]: tag["Value"]
         for instance in site.instances()
-        for tag in instance["Tags"]
+        for tag in instance.get("Tags", [])
         if tag["Key"] == TAG_NODE
     }
     return {key: name for key, name in names.items() if name.rpartition("-")[0] in runs}
