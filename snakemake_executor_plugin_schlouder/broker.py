@@ -564,11 +564,14 @@ class Broker:
         """A node that Slurm has no record of takes no job; its absence counts only when it lasts."""
         if vm.name in nodes:
             self._absent_nodes.pop(vm.name, None)
-            return
-        seen, since = self._absent_nodes.get(vm.name, (0, self._now))
-        self._absent_nodes[vm.name] = (seen + 1, since)
-        if seen + 1 >= _ABSENT_VIEWS and self._now - since >= _ABSENT_NODE:
+        elif self._stays_away(self._absent_nodes, vm.name, _ABSENT_NODE):
             self._lost(vm, "Slurm no longer has the node")
+
+    def _stays_away(self, absent: dict[str, tuple[int, float]], name: str, patience: float) -> bool:
+        """Counts one more view without `name`; whether that lasts. `absent`: views so far, and since when."""
+        seen, since = absent.get(name, (0, self._now))
+        absent[name] = (seen + 1, since)
+        return seen + 1 >= _ABSENT_VIEWS and self._now - since >= patience
 
     def _update_booting(self, vm: VM, node: NodeStatus | None) -> None:
         now = self._now
@@ -756,11 +759,8 @@ class Broker:
 
     def _is_gone(self, key: str, task: Task) -> bool:
         """Absence counts only when it lasts, and, for a job that Slurm once had, when Slurm says so."""
-        since = self._absent_jobs.setdefault(key, (0, self._now))[1]
-        seen = self._absent_jobs[key][0] + 1
-        self._absent_jobs[key] = (seen, since)
         patience = _LATE_SUBMISSION if task.slurm_id is None else _ABSENT_JOB
-        if seen < _ABSENT_VIEWS or self._now - since < patience:
+        if not self._stays_away(self._absent_jobs, key, patience):
             return False
         if task.slurm_id is None:
             return True

@@ -109,9 +109,9 @@ class Bundles:
         self._attempts.update(task.attempt_key for task in tasks)
 
     def adopt(self, tasks: Iterable[Task]) -> None:
-        """These were submitted by another process, those of one Slurm job in the order of their turns."""
+        """These were submitted by another process."""
         jobs: dict[str, list[Task]] = {}
-        for task in tasks:
+        for task in sorted(tasks, key=lambda task: task.turn):
             jobs.setdefault(task.submission, []).append(task)
         for key, members in jobs.items():
             if members[-1].turn > 0:

@@ -44,7 +44,7 @@ class Gangs:
 
     def members(self, vm: VM) -> Sequence[VM]:
         """All VMs of the gang of `vm`, the leader first."""
-        return self._members.get(vm.leader or vm.name, (vm,)) if self._members else (vm,)
+        return self._members.get(vm.leader or vm.name, (vm,))
 
     def leader(self, vm: VM) -> VM:
         return vm if vm.leader is None else self.members(vm)[0]

@@ -105,8 +105,8 @@ class TaskRecord:
 @dataclass(frozen=True)
 class Remains:
     """What a killed run has left: all its VMs, in the order of their request; the tasks that are complete
-    and then those that Slurm had, those of one Slurm job in the order of their turns; and the highest number
-    of a VM and of a task."""
+    and then those that Slurm had, both in the order in which they came; and the highest number of a VM and of
+    a task."""
 
     vms: list[VM]
     tasks: list[Task]
@@ -244,7 +244,7 @@ class Journal:
             vms = db.execute(f"SELECT {_VM} FROM vms WHERE run = ?", (run,)).fetchall()
             tasks = db.execute(
                 f"SELECT {_TASK} FROM tasks WHERE run = ? AND state IN (?, ?, ?) "
-                "ORDER BY state != ?, received, turn",
+                "ORDER BY state != ?, received",
                 (run, *_OF_USE, TaskState.COMPLETE),
             ).fetchall()
             keys = db.execute("SELECT key FROM tasks WHERE run = ?", (run,)).fetchall()

@@ -15,6 +15,9 @@ from typing import Any
 from .dag import members_of
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
+_FILES = ("script", "notebook", "conda_env")
+_CODE = ("shellcmd", "run_func_src", "wrapper", "cwl", "container_img", *_FILES)
+"""Attributes of a rule that say how it works, of which some are names of files."""
 
 
 def identity_of(job: Any) -> str:
@@ -46,10 +49,6 @@ def content_of(job: Any) -> str:
             for member in members_of(job)
         )
     )
-
-
-_FILES = ("script", "notebook", "conda_env")
-_CODE = ("shellcmd", "run_func_src", "wrapper", "cwl", "container_img", *_FILES)
 
 
 def changed(job: Any) -> float:

@@ -16,9 +16,12 @@ import pytest
 from rig import BIG, SMALL, Rig
 
 from snakemake_executor_plugin_schlouder import reattach
+from snakemake_executor_plugin_schlouder.bundles import Bundles
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, birth_of
 from snakemake_executor_plugin_schlouder.model import Need, Task, TaskState, VMState
 from snakemake_executor_plugin_schlouder.pool import Announcement
+from snakemake_executor_plugin_schlouder.slurm import ClusterView, JobStatus
+from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
 
 TYPES = {kind.name: kind for kind in (SMALL, BIG)}
 EFFECTS = (
@@ -463,6 +466,22 @@ def test_a_launch_without_a_reply_leaves_no_node(tmp_path: Path) -> None:
     rig.world.pass_time(10)
     assert rig.world.nodes == {}
     assert rig.world.alive() == []
+
+
+def test_the_turns_of_a_bundle_are_not_the_order_in_which_its_tasks_came() -> None:
+    told = JobStatus("j-2.1", "7", JobPhase.RUNNING, "RUNNING", "", 100.0, None)
+    one = {"command": "", "state": TaskState.SUBMITTED, "attempt": 1, "submission": "j-2.1"}
+    tasks = [
+        Task(f"j-{number}", "t", "t", "1", "s", Need(), turn=turn, **one)  # type: ignore[arg-type]
+        for number, turn in ((1, 1), (2, 0))
+    ]
+    bundles = Bundles(lambda _: None, lambda _: False, lambda task: task.key)
+    bundles.adopt(tasks)
+    jobs = bundles.spread(ClusterView({"j-2.1": told})).jobs
+    assert [jobs[f"j-{number}.1"].phase for number in (2, 1)] == [
+        JobPhase.RUNNING,
+        JobPhase.WAITING,
+    ]
 
 
 def test_of_two_complete_attempts_the_newer_counts(tmp_path: Path) -> None:
