@@ -39,6 +39,7 @@ from .provision import (
     Cloud,
     CloudUnavailable,
     Instance,
+    LaunchOutcome,
     LaunchRefused,
     LaunchRequest,
     TokenSpent,
@@ -1033,9 +1034,7 @@ class Broker:
             self._take_outcome(vm, outcome)
         self._flush()
 
-    def _take_outcome(
-        self, vm: VM, outcome: Instance | CloudUnavailable | LaunchRefused | TokenSpent
-    ) -> None:
+    def _take_outcome(self, vm: VM, outcome: LaunchOutcome) -> None:
         if isinstance(outcome, Instance):
             vm.instance_id, vm.meter = outcome.id, outcome.launched
             self._move(vm, VMState.BOOTING)
@@ -1048,7 +1047,7 @@ class Broker:
         else:
             self._launch_later(vm, outcome)
 
-    def _launch_later(self, vm: VM, outcome: CloudUnavailable | TokenSpent) -> None:
+    def _launch_later(self, vm: VM, outcome: Exception) -> None:
         """The same token again, so that a launch whose reply was lost is not made twice; a spent token
         is replaced."""
         vm.launch_attempt += 1

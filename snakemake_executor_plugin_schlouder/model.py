@@ -12,6 +12,9 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+ON_DEMAND, SPOT = "on-demand", "spot"
+"""The markets EC2 sells machines on."""
+
 DEFAULT_WALLTIME = 300.0
 """Seconds assumed for a task nobody gave an estimate for; it only has to order queues."""
 
@@ -69,8 +72,9 @@ class InstanceType:
     @functools.cached_property
     def node_memory(self) -> int:
         """MiB declared to Slurm: firmware and kernel keep a part, and a node that reports less than
-        it declared is drained (INVALID_REG)."""
-        return int(self.memory * 0.9)
+        it declared is drained (INVALID_REG). They keep less of a large machine; the formula is that of
+        Cluster in the Cloud (python-citc), which is below what machines report."""
+        return max(int(self.memory * 0.9), self.memory - int(self.memory**0.7 * 0.9 + 500))
 
     @property
     def features(self) -> tuple[str, ...]:

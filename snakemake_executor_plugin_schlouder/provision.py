@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .model import InstanceType, SchlouderError
+from .model import ON_DEMAND, InstanceType, SchlouderError
 
 if TYPE_CHECKING:
     import boto3
@@ -53,8 +53,16 @@ class CloudUnavailable(Exception):
     """The cloud did not answer or asked to slow down. Says nothing about instances; ask again later."""
 
 
+class NoCapacity(Exception):
+    """The cloud has no machine of this type, market and zone just now; others may be had (R14)."""
+
+
+class QuotaReached(Exception):
+    """The account may not have more machines of this kind at a time; says which quota it is."""
+
+
 class LaunchRefused(Exception):
-    """The cloud will not start this machine however often it is asked: rights, quota, parameters."""
+    """The cloud will not start this machine however often it is asked: rights, parameters."""
 
 
 class TokenSpent(Exception):
@@ -65,17 +73,23 @@ class TokenSpent(Exception):
 @dataclass(frozen=True)
 class LaunchRequest:
     """One machine to start for a run. `token` makes the launch idempotent, as long as it is asked for with
-    the same values (R2); `node` becomes the Slurm node's name."""
+    the same values (R2); `node` becomes the Slurm node's name. Machines with one token are started by one
+    call: `batch` names all nodes ever asked for under it, in order; empty: this one alone. An empty `zone`
+    leaves the choice to the cloud."""
 
     run: str
     node: str
     token: str
     type: InstanceType
+    market: str = ON_DEMAND
+    zone: str = ""
+    batch: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One machine as the cloud sees it. `launched` is when its meter started."""
+    """One machine as the cloud sees it. `launched` is when its meter started, `ended` when it stopped, as
+    far as the cloud says."""
 
     id: str
     node: str
@@ -84,13 +98,16 @@ class Instance:
     type: str
     reason: str
     launched: float | None = None
+    ended: float | None = None
+    market: str = ON_DEMAND
+    zone: str = ""
 
     @property
     def is_alive(self) -> bool:
         return self.state in ALIVE
 
 
-LaunchOutcome = Instance | CloudUnavailable | LaunchRefused | TokenSpent
+LaunchOutcome = Instance | CloudUnavailable | NoCapacity | QuotaReached | LaunchRefused | TokenSpent
 
 
 class Cloud(Protocol):
