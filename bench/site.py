@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.processes import Processes, Usage
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, Options
+from snakemake_executor_plugin_schlouder.model import ON_DEMAND
 from snakemake_executor_plugin_schlouder.provision import (
     Ec2Settings,
     Instance,
@@ -84,7 +85,9 @@ def start_peer_nodes() -> None:
     cloud = connect(settings, join, "bench")
     (kind,) = cloud.instance_types([INSTANCE_TYPE])
     requests = [
-        LaunchRequest("peers", node, client_token("peers", node, kind.name, 1), kind)
+        LaunchRequest(
+            "peers", node, client_token("peers", [node], kind.name, ON_DEMAND, "", 1), kind
+        )
         for node in PEER_NODES
     ]
     for outcome in cloud.launch(requests):

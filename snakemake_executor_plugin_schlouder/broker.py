@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +23,13 @@ from . import job_files, order
 from .bundles import Bundles, slack, take_bundle
 from .gangs import Gangs
 from .journal import Remains
+from .launcher import Launcher, Limits
 from .machines import Machines
 from .model import (
     BOOTING,
+    NEVER,
+    PREFER,
+    SPOT,
     TASK_ENDED,
     VM,
     Billing,
@@ -32,6 +38,7 @@ from .model import (
     TaskState,
     VMState,
 )
+from .offers import Offer, Offers
 from .planning import Planner
 from .pool import Announcement, Goal
 from .prediction import BootPredictor, LearnedBoots, Walltimes
@@ -41,9 +48,8 @@ from .provision import (
     Instance,
     LaunchOutcome,
     LaunchRefused,
-    LaunchRequest,
-    TokenSpent,
-    client_token,
+    NoCapacity,
+    QuotaReached,
 )
 from .slurm import (
     Cluster,
@@ -66,12 +72,13 @@ from .slurm.script import (
     revoke,
 )
 from .slurm.states import JobPhase, advice_on, failure_of, sentence_of
+from .tariff import Tariff
 
 MAX_LOSSES = 3
 """Machines a task may lose before it counts as failed."""
 
-MAX_BOOT_FAILURES = 3
-"""Boots in a row that may fail before nothing more is launched (R15)."""
+RECLAIMS = 3
+"""Spot machines that may be taken back under a task before it moves to one on demand."""
 
 _LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
 _MOVING = (*BOOTING, VMState.TERMINATING)
@@ -97,7 +104,6 @@ _ABSENT_DESCRIBES = 5
 _CONSISTENCY_WINDOW = 120.0
 _DESCRIBE_SELDOM = 15.0
 _JOURNAL_PATIENCE = 300.0
-_LAUNCH_BACKOFF = 60.0
 _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
 _RELEASE_PATIENCE = 30.0
@@ -105,11 +111,13 @@ _NODE_PATIENCE = 10.0
 _RELEASE_PAUSE = 0.2
 _LAST_BREATH = 2.0
 _CONSOLE_LINES = 15
+_RECLAIM_PATIENCE = 180.0
 
 
 @dataclass(frozen=True)
 class BrokerConfig:
-    """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds.
+    """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds, the
+    `zones` of each type by its name. `reclaims`: spot machines that may be taken back under a task.
     `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
     waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
@@ -128,6 +136,10 @@ class BrokerConfig:
     order: str = order.SUBMISSION
     asks_seldom: bool = False
     launch_timeout: float = math.inf
+    tariff: Tariff = field(default_factory=Tariff.unknown)
+    zones: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    reclaims: int = RECLAIMS
 
     @property
     def job_name(self) -> str:
@@ -211,8 +223,10 @@ class Broker:
         self._replaced: dict[str, list[Task]] = {}
         self._held: list[Task] = []
         self._unwritten: list[Task] = []
+        self._offers = Offers(config.types, config.tariff, config.zones)
+        self._launcher = Launcher(config.run, self._offers, config.billing, config.limits)
         self._planner = Planner(
-            config.types,
+            self._offers,
             config.billing,
             self._boots,
             self._walltimes,
@@ -229,8 +243,6 @@ class Broker:
         self._absent_jobs: dict[str, tuple[int, float]] = {}
         self._absent_nodes: dict[str, tuple[int, float]] = {}
         self._absent_vms: dict[str, int] = {}
-        self._boot_failures = 0
-        self._refusal = ""
         self._stopping = False
         self._why_stopping = "the run is being ended"
         self._is_over = False
@@ -347,6 +359,7 @@ class Broker:
                 self._update_tasks(view)
                 self._end_replaced()
                 self._finish_vms(view)
+            self._check_spend()
             if self._stopping:
                 self._drop_unsubmitted()
             self._place_all()
@@ -532,7 +545,10 @@ class Broker:
             vm.meter = instance.launched
         if instance.is_alive:
             return
-        if vm.is_booting:
+        vm.meter_end = vm.meter_end or instance.ended
+        if vm.is_booting and is_reclaim_of(instance.reason):
+            self._lost(vm, instance.reason)
+        elif vm.is_booting:
             self._boot_failed(vm, instance.reason or "the machine ended while it booted")
         elif vm.state != VMState.TERMINATING:
             self._lost(vm, instance.reason or "the machine ended")
@@ -592,12 +608,14 @@ class Broker:
         self._move(vm, VMState.READY)
         if vm.boot_time is not None:
             self._boots.learn(vm.boot_time, vm.beside)
-        self._boot_failures = 0
+        self._launcher.has_booted()
         self._note(vm, f"ready after {self._now - vm.requested:.0f} s")
 
     def _update_ready(self, vm: VM, node: NodeStatus) -> None:
         if node.state == "down":
             self._lost(vm, f"Slurm lost the node: {node.reason}")
+        elif node.state.startswith("drain") and (end := reclaimed_by(node.reason)):
+            self._reclaimed(vm, end)
         elif node.state.startswith("drain"):
             self._take_out(vm, f"was drained by somebody else: {node.reason}")
 
@@ -607,6 +625,29 @@ class Broker:
         self._move(vm, VMState.DRAINING)
         self._note(vm, why)
         self._recall([t for t in vm.active.values() if t.state == TaskState.SUBMITTED])
+
+    def _reclaimed(self, vm: VM, end: float) -> None:
+        """EC2 takes a spot machine back at `end`, of which the machine itself has told Slurm. What runs there
+        and will not be done by then is run elsewhere at once. The machine is left to EC2, which charges
+        nothing for one that it takes back in its first hour."""
+        vm.reason, vm.leaves_by = "EC2 takes the spot machine back", end
+        self._log.info(
+            f"{self._name(vm)}: {vm.reason} at {time.strftime('%X', time.localtime(end))}."
+        )
+        self._take_out(vm, vm.reason)
+        late = [t for t in vm.active.values() if t.started and t.started + t.walltime > end]
+        for task in late:
+            self._count_reclaim(task)
+        self._recall(late)
+
+    def _count_reclaim(self, task: Task) -> None:
+        """One that has lost too many spot machines gets one on demand, if it may."""
+        task.reclaims += 1
+        if task.reclaims >= self._config.reclaims and task.spot == PREFER:
+            task.spot = NEVER
+            self._log.info(
+                f"{task.name} has lost {task.reclaims} spot machines; it goes on without."
+            )
 
     def _keep_gangs_together(self) -> None:
         """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there."""
@@ -704,11 +745,18 @@ class Broker:
             self._once_more(self._vm_of(task), task, f"{why}, {_times(task.losses + 1)}")
 
     def _once_more(self, vm: VM, task: Task, why: str) -> None:
-        """Runs `task` again, which was lost without its doing, unless that has happened too often."""
-        if task.losses + 1 >= MAX_LOSSES or self._stopping:
+        """Runs `task` again, which was lost without its doing, unless that has happened too often. Spot
+        machines taken back are no such loss, as long as the task can do without."""
+        is_reclaim = vm.market == SPOT and is_reclaim_of(vm.reason)
+        if is_reclaim:
+            self._count_reclaim(task)
+        too_often = (
+            task.reclaims > self._config.reclaims if is_reclaim else task.losses + 1 >= MAX_LOSSES
+        )
+        if too_often or self._stopping:
             self._finish(task, TaskState.FAILED, why)
         else:
-            task.losses += 1
+            task.losses += not is_reclaim
             self._again(vm, task)
 
     def _replace(self, task: Task, status: JobStatus) -> None:
@@ -867,15 +915,11 @@ class Broker:
 
     def _boot_failed(self, vm: VM, reason: str) -> None:
         console = self._cloud.console(vm.instance_id) if vm.instance_id else ""
-        self._boot_failures += 1
+        self._launcher.boot_failed(reason)
         self._lost(vm, reason)
         tail = "\n".join(f"    {line}" for line in console.splitlines()[-_CONSOLE_LINES:])
         if tail:
             self._log.warning(f"Console of {self._name(vm)}, last lines:\n{tail}")
-        if self._boot_failures >= MAX_BOOT_FAILURES:
-            self._refusal = (
-                f"{MAX_BOOT_FAILURES} VMs in a row did not join Slurm; the last: {reason}"
-            )
 
     def _requeue_planned(self, vm: VM) -> None:
         for task in vm.queue:
@@ -905,6 +949,8 @@ class Broker:
         """The machine is gone for certain: nothing of it can write any more."""
         vm.ended = vm.ended or self._now
         vm.ending = True
+        if vm.instance_id:
+            self._offers.machine_ended(vm.market)
         never_asked_for = vm.state == VMState.PLANNED and not vm.retry_at
         vm.node_deleted |= vm.instance_id is None and never_asked_for
         self._move(vm, VMState.GONE)
@@ -920,7 +966,8 @@ class Broker:
             task.ended = vm.ended
             self._judge(task, left)
         else:
-            why = f"its machine was lost, {_times(task.losses + 1)} ({vm.reason})"
+            losses = task.losses + task.reclaims + 1
+            why = f"its machine was lost, {_times(losses)} ({vm.reason})"
             self._once_more(vm, task, why)
 
     def _finish_vms(self, view: ClusterView) -> None:
@@ -938,6 +985,8 @@ class Broker:
 
     def _leave(self, vm: VM, node: NodeStatus | None) -> None:
         """A VM that drains goes when no job is left on it; a drain that did not take is repeated."""
+        if vm.leaves_by is not None and self._now < vm.leaves_by + _RECLAIM_PATIENCE:
+            return
         if node is None or node.is_drained:
             self._delete_node(vm)
             self._terminate(vm)
@@ -984,12 +1033,19 @@ class Broker:
 
     # -- decide
 
+    def _check_spend(self) -> None:
+        if not self._stopping and self._launcher.is_spent(self._machines, self._now):
+            self._why_stopping = "--schlouder-max-spend is used up"
+            self._stopping = True
+            self._log.error(f"{self._why_stopping}: nothing further is started; what runs goes on.")
+
     def _place_all(self) -> None:
         """Has every waiting task planned, and takes note of the outcome."""
+        refusal = self._launcher.refusal
         room = self._config.max_vms - self._machines.alive
-        if self._stopping or self._refusal:
+        if self._stopping or refusal:
             room = 0
-        plan = self._planner.place(self._waiting, self._now, room, self._refusal)
+        plan = self._planner.place(self._waiting, self._now, room, refusal)
         self._waiting = plan.left
         for leader in plan.started:
             for vm in self._gangs.assemble(leader, self._new_vm):
@@ -1003,60 +1059,67 @@ class Broker:
             self._stopping, self._why_stopping = True, plan.broken
             self._log.error(f"{plan.broken}. Nothing further is started; what runs goes on.")
 
-    def _new_vm(self, strategy: str, kind: InstanceType, boot_time: float) -> VM:
+    def _new_vm(self, strategy: str, offer: Offer, boot_time: float) -> VM:
         self._vm_count += 1
         name = f"schlouder-{self._config.run}-{self._vm_count}"
-        token = client_token(self._config.run, name, kind.name, 1)
-        return VM(name, strategy, kind, token, self._now, boot_time)
+        kind, market, price = offer.kind, offer.market, offer.price
+        return VM(name, strategy, kind, self._now, boot_time, market, price)
 
     # -- act
 
     def _launch_planned(self) -> None:
         """Requested VMs are still to be launched only when the round that requested them broke off;
         the token makes asking again safe."""
-        now = self._now
         for vm in self._machines.having(VMState.PLANNED):
             if self._stopping or not self._planner.needs(self._gangs.leader(vm)):
                 self._close(vm)
         unlaunched = self._machines.having(VMState.PLANNED, VMState.REQUESTED)
-        due = [vm for vm in unlaunched if vm.retry_at <= now]
-        if not due:
-            return
-        for vm in due:
-            vm.requested = now
+        due = self._launcher.due(unlaunched, self._machines, self._now)
+        if due:
+            self._launch(due)
+        if self._launcher.refusal:
+            for vm in self._machines.having(VMState.PLANNED):
+                self._not_started(vm)
+
+    def _launch(self, due: Sequence[VM]) -> None:
+        ready, nowhere = self._launcher.address(due, self._now)
+        for vm in nowhere:
+            self._tell(
+                f"No machine is to be had of {_offer_name(vm)}; others are tried.", logging.WARNING
+            )
+            self._not_started(vm)
+        for vm in ready:
+            vm.requested = self._now
             self._move(vm, VMState.REQUESTED)
-            self._note(vm, f"requesting a {vm.type.name}")
-        if not self._flush():
+            self._note(vm, f"requesting a {_offer_name(vm)}")
+        if not ready or not self._flush():
             return
-        run = self._config.run
-        requests = [LaunchRequest(run, vm.name, vm.token, vm.type) for vm in due]
-        for vm, outcome in zip(due, self._cloud.launch(requests), strict=True):
+        requests = [self._launcher.request(vm) for vm in ready]
+        for vm, outcome in zip(ready, self._cloud.launch(requests), strict=True):
             self._take_outcome(vm, outcome)
         self._flush()
 
     def _take_outcome(self, vm: VM, outcome: LaunchOutcome) -> None:
+        self._launcher.take(vm, outcome, self._now)
         if isinstance(outcome, Instance):
             vm.instance_id, vm.meter = outcome.id, outcome.launched
             self._move(vm, VMState.BOOTING)
             self._note(vm, f"is instance {outcome.id}")
-        elif isinstance(outcome, LaunchRefused):
-            self._refusal = str(outcome)
-            self._log.error(f"EC2 refuses to start {self._name(vm)}: {outcome}")
-            self._requeue_planned(vm)
-            self._close(vm)
+        elif isinstance(outcome, LaunchRefused | QuotaReached):
+            self._tell(f"EC2 refuses to start {_offer_name(vm)}: {outcome}", logging.ERROR)
+            self._not_started(vm)
         else:
-            self._launch_later(vm, outcome)
+            self._move(vm, VMState.PLANNED)
+            if not isinstance(outcome, NoCapacity):
+                self._tell(
+                    f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING
+                )
+            self._note(vm, f"not started: {outcome}")
 
-    def _launch_later(self, vm: VM, outcome: Exception) -> None:
-        """The same token again, so that a launch whose reply was lost is not made twice; a spent token
-        is replaced."""
-        vm.launch_attempt += 1
-        if isinstance(outcome, TokenSpent):
-            vm.token = client_token(self._config.run, vm.name, vm.type.name, vm.launch_attempt)
-        self._move(vm, VMState.PLANNED)
-        vm.retry_at = self._now + min(_LAUNCH_BACKOFF, 2.0**vm.launch_attempt)
-        self._tell(f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING)
-        self._note(vm, f"not started: {outcome}")
+    def _not_started(self, vm: VM) -> None:
+        """There will be no such machine; what was planned for it is planned anew."""
+        self._requeue_planned(vm)
+        self._close(vm)
 
     def _submit_ready(self) -> None:
         """Hands over what the VMs have room for; what was not tried stays with its VM."""
@@ -1391,6 +1454,26 @@ def _told(task: Task, left: Exit) -> str:
     if left.code == TIMED_OUT and task.limit is not None and took >= task.limit:
         return failure_of("TIMEOUT", "", task.need.memory, task.limit)
     return f"ended with exit code {left.code}"
+
+
+def reclaimed_by(reason: str) -> float | None:
+    """When EC2 takes the machine back, if this reason, which its node gave for its drain, says so."""
+    found = re.search(r"spot reclaim at (\S+)", reason)
+    if found is None:
+        return None
+    try:
+        return datetime.fromisoformat(found[1]).timestamp()
+    except ValueError:
+        return None
+
+
+def is_reclaim_of(reason: str) -> bool:
+    """Whether a machine ended for this reason because EC2 took it back."""
+    return "Server.SpotInstance" in reason or "spot machine back" in reason
+
+
+def _offer_name(vm: VM) -> str:
+    return f"{vm.type.name}{' (spot)' if vm.market == SPOT else ''}"
 
 
 def _times(count: int) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .model import VM, InstanceType, VMState
+from .model import VM, VMState
+from .offers import Offer
 
 
 class Gangs:
@@ -19,13 +20,11 @@ class Gangs:
         self._members: dict[str, list[VM]] = {}
         self._up: set[str] = set()
 
-    def assemble(
-        self, leader: VM, new_vm: Callable[[str, InstanceType, float], VM]
-    ) -> Sequence[VM]:
+    def assemble(self, leader: VM, new_vm: Callable[[str, Offer, float], VM]) -> Sequence[VM]:
         """The leader and the companions it is to have, made by `new_vm`."""
-        gang = [leader]
+        gang, offer = [leader], Offer(leader.type, leader.market, leader.price)
         while len(gang) < leader.nodes:
-            vm = new_vm(leader.strategy, leader.type, leader.boot_planned)
+            vm = new_vm(leader.strategy, offer, leader.boot_planned)
             vm.leader, vm.beside = leader.name, leader.beside + len(gang)
             gang.append(vm)
         if len(gang) > 1:

@@ -20,13 +20,16 @@ from typing import Any
 from . import store
 from .model import VM, InstanceType, Need, SchlouderError, Task, TaskState, VMState
 
-VERSION = 2
+VERSION = 3
 
 _OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
-_VM = "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader"
+_VM = (
+    "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader, "
+    "market, price, batch, zone, meter, meter_end, leaves_by"
+)
 _TASK = (
     "key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, runtime_limit, planned, state, received, "
-    "started, ended, vm, attempt, slurm_id, submission, turn, identity, content, recalled"
+    "started, ended, vm, attempt, slurm_id, submission, turn, identity, content, recalled, spot, reclaims"
 )
 
 _SCHEMA = """
@@ -38,7 +41,9 @@ CREATE TABLE runs (
 CREATE TABLE vms (
     name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
     instance_type TEXT NOT NULL, token TEXT NOT NULL, state TEXT NOT NULL, instance_id TEXT,
-    requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL, leader TEXT
+    requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL, leader TEXT,
+    market TEXT NOT NULL, price REAL, batch TEXT NOT NULL, zone TEXT NOT NULL, meter REAL, meter_end REAL,
+    leaves_by REAL
 ) STRICT;
 CREATE TABLE tasks (
     key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
@@ -46,7 +51,8 @@ CREATE TABLE tasks (
     runtime_limit REAL, planned REAL, state TEXT NOT NULL, received REAL NOT NULL, started REAL,
     ended REAL, vm TEXT, attempt INTEGER NOT NULL, slurm_id TEXT, reason TEXT NOT NULL,
     gpus INTEGER NOT NULL, nodes INTEGER NOT NULL, submission TEXT NOT NULL, turn INTEGER NOT NULL,
-    identity TEXT NOT NULL, content TEXT NOT NULL, recalled INTEGER NOT NULL
+    identity TEXT NOT NULL, content TEXT NOT NULL, recalled INTEGER NOT NULL,
+    spot TEXT NOT NULL, reclaims INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE events (
     run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
@@ -85,6 +91,11 @@ class VMRecord:
     ended: float | None
     reason: str
     leader: str | None
+    market: str
+    price: float | None
+    zone: str
+    meter: float | None
+    meter_end: float | None
 
 
 @dataclass(frozen=True)
@@ -182,11 +193,11 @@ class Journal:
                 "INSERT INTO events VALUES (?, ?, ?, ?)", [(run, *event) for event in events]
             )
             db.executemany(
-                "INSERT OR REPLACE INTO vms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO vms VALUES (?{', ?' * 18})",
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
-                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 24})",
+                f"INSERT OR REPLACE INTO tasks VALUES (?{', ?' * 26})",
                 [_task_row(run, task) for task in tasks],
             )
 
@@ -258,7 +269,10 @@ class Journal:
 
     def vms(self, run: str) -> list[VMRecord]:
         """The run's VMs in the order of their request."""
-        columns = "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason, leader"
+        columns = (
+            "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason, leader, "
+            "market, price, zone, meter, meter_end"
+        )
         with self._transaction() as db:
             rows = db.execute(
                 f"SELECT {columns} FROM vms WHERE run = ? ORDER BY requested, length(name), name",
@@ -327,13 +341,21 @@ def _number(name: str) -> int:
 
 
 def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
-    name, strategy, kind, token, state, instance_id, requested, ready, ended, reason, leader = row
+    name, strategy, kind, token, state, instance_id, requested, ready, *rest = row
+    ended, reason, leader, market, price, batch, zone, meter, meter_end, leaves_by = rest
     return VM(
         name,
         strategy,
         types[kind],
-        token,
         requested,
+        market=market,
+        price=price,
+        token=token,
+        batch=tuple(batch.split()),
+        zone=zone,
+        meter=meter,
+        meter_end=meter_end,
+        leaves_by=leaves_by,
         state=VMState(state),
         instance_id=instance_id,
         ready=ready,
@@ -347,7 +369,7 @@ def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
 def _task_of(row: tuple[Any, ...]) -> Task:
     key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, *rest = row
     limit, planned, state, received, started, ended, vm, attempt, slurm_id, *more = rest
-    submission, turn, identity, content, recalled = more
+    submission, turn, identity, content, recalled, spot, reclaims = more
     return Task(
         key,
         name,
@@ -371,6 +393,8 @@ def _task_of(row: tuple[Any, ...]) -> Task:
         content=content,
         recalled=bool(recalled),
         is_wanted=False,
+        spot=spot,
+        reclaims=reclaims,
     )
 
 
@@ -388,6 +412,13 @@ def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
         vm.ended,
         vm.reason,
         vm.leader,
+        vm.market,
+        vm.price,
+        " ".join(vm.batch),
+        vm.zone,
+        vm.meter,
+        vm.meter_end,
+        vm.leaves_by,
     )
 
 
@@ -418,4 +449,6 @@ def _task_row(run: str, task: Task) -> tuple[object, ...]:
         task.identity,
         task.content,
         task.recalled,
+        task.spot,
+        task.reclaims,
     )

@@ -15,6 +15,9 @@ from enum import StrEnum
 ON_DEMAND, SPOT = "on-demand", "spot"
 """The markets EC2 sells machines on."""
 
+NEVER, PREFER, ONLY = "never", "prefer", "only"
+"""What a task says of spot machines."""
+
 DEFAULT_WALLTIME = 300.0
 """Seconds assumed for a task nobody gave an estimate for; it only has to order queues."""
 
@@ -216,7 +219,8 @@ class Task:
     it waited for, `level` and `rank` (s) its place in the workflow (`order.Place`), as far as known.
     `submission` names the Slurm job of its last attempt, in which it has its `turn`. `identity` tells
     which results it makes, `content` how (`reattach.py`); one that a killed run left is not `is_wanted`
-    until it is handed over again.
+    until it is handed over again. `spot`: whether it may run on a spot machine, `reclaims` how many of those
+    were taken back under it. `need` is what it takes of its VM, `asked` what it was before it had one.
     """
 
     key: str
@@ -252,6 +256,9 @@ class Task:
     identity: str = ""
     content: str = ""
     is_wanted: bool = True
+    spot: str = NEVER
+    reclaims: int = 0
+    asked: Need | None = None
 
     @property
     def attempt_key(self) -> str:
@@ -273,13 +280,15 @@ class Task:
 class VM:
     """One rented machine, which is one Slurm node; `name` is the node's name.
 
-    `requested` is when it was asked for, `meter` when the provider's meter started (if it has said so),
-    `boot_planned` the predicted seconds from request to ready, `beside` how many others booted then.
-    `queue` holds what is planned for it, `active` what Slurm was given (by task key). `free_at` is the
-    date at which all of it should be done, `unstarted` the seconds of it that have not begun. `ending`
-    is set once the cloud itself says that the machine is on its way out, from when it costs nothing
-    more; `node_deleted` once Slurm has no record of it any more. `is_adopted`: another process asked for
-    it, and was killed.
+    `requested` is when it was asked for, `meter` and `meter_end` when the provider's meter started and
+    stopped (if it has said so), `price` what it was to cost when it was asked for (USD an hour, None where
+    nobody knows), `token`, `batch` and `zone` those of its launch (`LaunchRequest`), `leaves_by` when the
+    provider takes a spot machine back, `boot_planned` the predicted seconds from request to ready, `beside`
+    how many others booted then. `queue` holds what is planned for it, `active` what Slurm was given (by
+    task key). `free_at` is the date at which all of it should be done, `unstarted` the seconds of it that
+    have not begun. `ending` is set once the cloud itself says that the machine is on its way out, from when
+    it costs nothing more; `node_deleted` once Slurm has no record of it any more. `is_adopted`: another
+    process asked for it, and was killed.
 
     A task may run on `nodes` machines together: on a leader, whose tasks they are, and on its companions,
     which have the leader's name as `leader` and nothing of their own in `queue` and `active`.
@@ -288,9 +297,13 @@ class VM:
     name: str
     strategy: str
     type: InstanceType
-    token: str
     requested: float
     boot_planned: float = DEFAULT_BOOT_TIME
+    market: str = ON_DEMAND
+    price: float | None = None
+    token: str = ""
+    batch: tuple[str, ...] = ()
+    zone: str = ""
     beside: int = 0
     meter: float | None = None
     state: VMState = VMState.PLANNED
@@ -310,6 +323,8 @@ class VM:
     is_adopted: bool = False
     nodes: int = 1
     leader: str | None = None
+    meter_end: float | None = None
+    leaves_by: float | None = None
 
     def __post_init__(self) -> None:
         self.free_at = self.requested + self.boot_planned

@@ -6,12 +6,26 @@ Decides on data alone: no I/O, and the time is told. The broker acts on the `Pla
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from . import order, strategies
 from .fleet import Fleet
-from .model import VM, Billing, InstanceType, Need, Task, TaskState, VMState
+from .model import (
+    NEVER,
+    ON_DEMAND,
+    ONLY,
+    SPOT,
+    VM,
+    Billing,
+    InstanceType,
+    Need,
+    Task,
+    TaskState,
+    VMState,
+)
+from .offers import Demand, Offer, Offers
 from .pool import Announcement, Backlog, Future, Goal, Pool
 from .pooled_strategies import Pooled
 from .prediction import BootPredictor, Walltimes
@@ -30,24 +44,24 @@ class Plan:
 
 
 class Planner:
-    """Keeps the pools of a run: per strategy, instance type and gang width the VMs, and what waits for them.
+    """Keeps the pools of a run: per strategy, offer and gang width the VMs, and what waits for them.
 
-    `new_vm` makes a VM of a strategy and a type with the given predicted boot time. `order` is that of
+    `new_vm` makes a VM of a strategy and an offer with the given predicted boot time. `order` is that of
     the waiting tasks, where their strategy has none of its own.
     """
 
     def __init__(
         self,
-        types: Sequence[InstanceType],
+        offers: Offers,
         billing: Billing,
         boots: BootPredictor,
         walltimes: Walltimes,
-        new_vm: Callable[[str, InstanceType, float], VM],
+        new_vm: Callable[[str, Offer, float], VM],
         goal: Goal,
         sharing: bool = True,
         order: str = order.SUBMISSION,
     ) -> None:
-        self._types = types
+        self._offers = offers
         self._billing = billing
         self._boots = boots
         self._walltimes = walltimes
@@ -57,12 +71,14 @@ class Planner:
         self._order = order
         self._checked: dict[str, strategies.Strategy] = {}
         self._expected: dict[str, set[Need]] = {}
+        self._counts: Counter[tuple[str, Need, str]] = Counter()
         self._futures: dict[str, Future] = {}
-        self._pools: dict[tuple[str, str, int], Pool] = {}
+        self._pools: dict[tuple[str, str, str, int], Pool] = {}
         self._pool_of: dict[str, Pool] = {}
         self._booting: set[str] = set()
         self._adopted: dict[str, VM] = {}
         self._left = 0
+        self._opens = math.inf
         self._spent = 0.0
 
     # -- what the broker tells
@@ -71,6 +87,7 @@ class Planner:
         """Announces tasks that may come."""
         for task in tasks:
             self._expected.setdefault(task.strategy, set()).add(task.need)
+            self._counts[task.strategy, task.need, task.spot] += 1
             self._future_of(task.strategy).announce(task)
 
     def _future_of(self, strategy: str) -> Future:
@@ -85,7 +102,7 @@ class Planner:
         if not vm.is_open:
             self._spend(vm, vm.ended or vm.requested)
             return
-        pool = self._pool_of_kind(vm.strategy, vm.type, vm.nodes)
+        pool = self._pool_of_offer(vm.strategy, Offer(vm.type, vm.market, vm.price), vm.nodes)
         self._pool_of[vm.name] = pool
         if vm.is_unused:
             self._adopted[vm.name] = vm
@@ -146,7 +163,8 @@ class Planner:
     def next_look(self) -> float:
         """When the passing of time alone makes a plan void; infinite: never."""
         pools = [pool for pool in self._pools.values() if pool.is_pooled and pool.backlog]
-        return min((_pooled(pool).looks_again() for pool in pools), default=math.inf)
+        looks = min((_pooled(pool).looks_again() for pool in pools), default=math.inf)
+        return min(looks, self._opens) if self._left or self.is_starved else looks
 
     def needs(self, vm: VM) -> bool:
         """Whether a VM that is not up yet is worth waiting for."""
@@ -175,14 +193,17 @@ class Planner:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
         `refusal`: why none can be, if that is for good."""
         round_ = _Round(now, room, refusal)
-        for task in self._in_order(waiting):
-            pool = self._pool_for(task)
+        waiting = [*self._withdrawn(now), *waiting]
+        for task in waiting:
+            task.need = task.asked or task.need
+        for task in self._in_order(waiting, now):
+            pool = self._pool_for(task, round_)
             if pool is None:
-                reason = too_big(f"rule {task.rule}", task.need, self._types)
-                round_.plan.failed.append((task, reason))
+                self._refuse(task, round_)
                 continue
             if not self._sharing:
                 kind = pool.kind
+                task.asked = task.need
                 task.need = replace(task.need, cpus=kind.cpus, memory=kind.node_memory)
             if pool.is_pooled:
                 self._keep(task, pool)
@@ -192,11 +213,41 @@ class Planner:
             if pool.is_pooled:
                 self._arrange_safely(pool, round_)
         self._left = len(round_.plan.left)
+        self._opens = self._offers.next_opening(now)
         return round_.plan
+
+    # -- what is to be had
+
+    def _withdrawn(self, now: float) -> list[Task]:
+        """Tasks that wait for VMs of an offer which is not to be had any more, and can have another."""
+        found: list[Task] = []
+        for pool in self._pools.values():
+            if pool.backlog and not self._is_open(pool, now):
+                tasks = pool.backlog.clear()
+                movable = {id(task) for task in tasks if self._offer_for(task, now)}
+                for task in tasks:
+                    if id(task) not in movable:
+                        pool.backlog.add(task)
+                found += [task for task in tasks if id(task) in movable]
+        return found
+
+    def _is_open(self, pool: Pool, now: float) -> bool:
+        return bool(self._offers.zones(pool.kind, pool.market, now))
+
+    def _refuse(self, task: Task, round_: _Round) -> None:
+        """No machine for `task`: none can ever hold it, or there are none now."""
+        plan = round_.plan
+        if self._offers.fits_none(task.need):
+            reason = too_big(f"rule {task.rule}", task.need, self._offers.kinds)
+            plan.failed.append((task, reason))
+        elif refusal := round_.refusal or (self._offers.quota if not self._pool_of else ""):
+            plan.failed.append((task, f"no VM can be started: {refusal}"))
+        else:
+            plan.left.append(task)
 
     # -- the order of the tasks
 
-    def _in_order(self, waiting: Sequence[Task]) -> Sequence[Task]:
+    def _in_order(self, waiting: Sequence[Task], now: float) -> Sequence[Task]:
         """The tasks of every pool in its strategy's order; the turns of the pools stay."""
         if len(waiting) < 2:
             return waiting
@@ -207,7 +258,7 @@ class Planner:
             self._expect(task)
         return order.in_turns(
             waiting,
-            lambda task: (task.strategy, self._type_for(task), task.need.nodes),
+            lambda task: (task.strategy, self._offer_for(task, now), task.need.nodes),
             lambda task: self._order_of(task.strategy),
         )
 
@@ -237,15 +288,17 @@ class Planner:
             plan.failed.append((task, plan.broken))
             return
         vm = vm or self._take_adopted(pool)
-        if vm is None and round_.room_for(pool) > 0:
+        if vm is None and self._room_for(pool, round_) > 0:
             vm = self._start(pool, round_)
         vm = vm or pool.fleet.idle_first()
         if vm is not None:
             self._assign(task, vm, pool, round_)
-        elif round_.refusal:
-            plan.failed.append((task, f"no VM can be started: {round_.refusal}"))
         else:
-            plan.left.append(task)
+            self._refuse(task, round_)
+
+    def _room_for(self, pool: Pool, round_: _Round) -> int:
+        """How many VMs of `pool` may be started, each with its companions."""
+        return round_.room // pool.nodes if self._is_open(pool, round_.now) else 0
 
     def _take_adopted(self, pool: Pool) -> VM | None:
         """One that was begun before, and has nothing to do."""
@@ -276,19 +329,20 @@ class Planner:
         """Starts the VMs the pool's plan wants, and gives tasks to those that have room."""
         if not pool.backlog:
             pool.is_starved = False
+            self._help_others(pool, round_)
             pool.touched.clear()
             return
         looks_again = _pooled(pool).looks_again() <= round_.now
         if not (pool.is_stale or pool.touched or looks_again):
             return
-        if not len(pool.fleet) and round_.room_for(pool) <= 0:
+        if not len(pool.fleet) and self._room_for(pool, round_) <= 0:
             self._give_up(pool, round_)
             return
         self._look(pool, round_)
         missing = _pooled(pool).missing(pool)
         if missing == 0 and not len(pool.fleet):
             missing = 1
-        while missing > 0 and round_.room_for(pool) > 0:
+        while missing > 0 and self._room_for(pool, round_) > 0:
             self._start(pool, round_)
             missing -= 1
         pool.is_starved = missing > 0
@@ -300,6 +354,16 @@ class Planner:
         if round_.refusal:
             reason = f"no VM can be started: {round_.refusal}"
             round_.plan.failed += [(task, reason) for task in pool.backlog.clear()]
+
+    def _help_others(self, pool: Pool, round_: _Round) -> None:
+        """Idle VMs of a pool in which nothing waits take what others cannot start VMs for."""
+        idle = [vm for vm in pool.touched.values() if vm.state == VMState.READY and vm.is_unused]
+        for other in self._pools.values() if idle else ():
+            if other.is_starved and other.backlog and _may_help(pool, other):
+                for vm in idle:
+                    task = other.backlog.longest(vm) if vm.is_unused else None
+                    if task is not None and pool.kind.fits(task.need):
+                        self._assign(other.backlog.take(task), vm, pool, round_)
 
     def _feed(self, pool: Pool, round_: _Round) -> None:
         """Every VM with room is asked for; one that got nothing is asked for again when the plan or
@@ -327,7 +391,7 @@ class Planner:
     # -- both
 
     def _look(self, pool: Pool, round_: _Round) -> None:
-        pool.room = round_.room_for(pool)
+        pool.room = self._room_for(pool, round_)
         pool.fleet.look(round_.now, self._boot_time(), pool.room > 0)
         if self._goal.budget < math.inf:
             pool.spent = self._spent + self._spent_beside(pool, round_.now)
@@ -346,7 +410,8 @@ class Planner:
         return self._boots.predict(len(self._booting) + after)
 
     def _start(self, pool: Pool, round_: _Round) -> VM:
-        vm = self._new_vm(pool.strategy.name, pool.kind, pool.fleet.boot_time)
+        offer = Offer(pool.kind, pool.market, self._offers.price(pool.kind, pool.market))
+        vm = self._new_vm(pool.strategy.name, offer, pool.fleet.boot_time)
         vm.beside, vm.nodes = len(self._booting), pool.nodes
         self._booting.add(vm.name)
         self._pool_of[vm.name] = pool
@@ -357,6 +422,7 @@ class Planner:
         return vm
 
     def _assign(self, task: Task, vm: VM, pool: Pool, round_: _Round) -> None:
+        task.asked = task.asked or task.need
         task.need = task.need.on(vm.type)
         task.state, task.vm = TaskState.SCHEDULED, vm.name
         vm.plan(task, round_.now)
@@ -364,12 +430,22 @@ class Planner:
             pool.fleet.update(vm)
         round_.plan.assigned.append(task)
 
-    def _pool_for(self, task: Task) -> Pool | None:
-        kind = self._type_for(task)
-        return None if kind is None else self._pool_of_kind(task.strategy, kind, task.need.nodes)
+    def _pool_for(self, task: Task, round_: _Round) -> Pool | None:
+        offer = self._offer_for(task, round_.now)
+        if offer is None or round_.refusal:
+            return self._living_pool(task)
+        return self._pool_of_offer(task.strategy, offer, task.need.nodes)
 
-    def _pool_of_kind(self, name: str, kind: InstanceType, nodes: int) -> Pool:
-        key = (name, kind.name, nodes)
+    def _living_pool(self, task: Task) -> Pool | None:
+        """One with VMs that can take `task`, where none can be started for it."""
+        for (name, _, market, nodes), pool in self._pools.items():
+            same = name == task.strategy and nodes == task.need.nodes
+            if same and len(pool.fleet) and pool.kind.fits(task.need) and _may_use(task, market):
+                return pool
+        return None
+
+    def _pool_of_offer(self, name: str, offer: Offer, nodes: int) -> Pool:
+        key = (name, offer.kind.name, offer.market, nodes)
         if key not in self._pools:
             fleet = Fleet(self._billing)
             backlog = Backlog(self._walltimes)
@@ -377,7 +453,7 @@ class Planner:
             future = self._future_of(name)
             self._pools[key] = Pool(
                 strategy,
-                kind,
+                offer.kind,
                 fleet,
                 backlog,
                 future,
@@ -385,18 +461,21 @@ class Planner:
                 self._goal,
                 is_pooled=isinstance(strategy, Pooled),
                 nodes=nodes,
+                market=offer.market,
             )
         return self._pools[key]
 
-    def _type_for(self, task: Task) -> InstanceType | None:
-        """The first allowed type that fits the task; for a one-type strategy, the first that fits
-        everything known to use it, else as if there were only this task."""
-        if self.strategy(task.strategy).one_type:
+    def _offer_for(self, task: Task, now: float) -> Offer | None:
+        """The cheapest one for tasks like this; for a one-type strategy, one for everything known to use
+        it, else as if there were only this task. None: there is none now."""
+        strategy = self.strategy(task.strategy)
+        if strategy.one_type:
             needs = [task.need, *self._expected.get(task.strategy, set())]
-            for kind in self._types:
-                if all(kind.fits(need) for need in needs):
-                    return kind
-        return next((kind for kind in self._types if kind.fits(task.need)), None)
+            if offer := self._offers.choose_one(needs, task.spot, now):
+                return offer
+        count = self._counts[task.strategy, task.need, task.spot]
+        alone = not (self._sharing and strategy.reuses_vms)
+        return self._offers.choose(Demand(task.need, task.spot, max(1, count), alone), now)
 
 
 @dataclass
@@ -408,9 +487,14 @@ class _Round:
     refusal: str
     plan: Plan = field(default_factory=Plan)
 
-    def room_for(self, pool: Pool) -> int:
-        """How many VMs of `pool` may be started, each with its companions."""
-        return self.room // pool.nodes
+
+def _may_use(task: Task, market: str) -> bool:
+    return task.spot != (NEVER if market == SPOT else ONLY)
+
+
+def _may_help(pool: Pool, other: Pool) -> bool:
+    same = (pool.strategy.name, pool.nodes) == (other.strategy.name, other.nodes)
+    return same and pool.market in (ON_DEMAND, other.market)
 
 
 def _pooled(pool: Pool) -> Pooled:

@@ -1,4 +1,4 @@
-"""A pool: the VMs of one strategy, instance type and gang width, and the tasks that wait for them."""
+"""A pool: the VMs of one strategy, offer and gang width, and the tasks that wait for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from .bundles import LENGTH, WORTH, fair_share, may_bundle
 from .fleet import Fleet
-from .model import VM, InstanceType, Need, Task, VMState, estimate_of
+from .model import NEVER, ON_DEMAND, VM, InstanceType, Need, Task, VMState, estimate_of
+from .offers import slots_of
 from .prediction import PRIOR_SPREAD, Line, Walltimes
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Backlog:
         self._rules: dict[str, list[tuple[float, int, Task]]] = {}
         self._count = 0
         self._size = 0
+        self._needs: Counter[Need] = Counter()
 
     def __len__(self) -> int:
         return self._size
@@ -52,6 +54,7 @@ class Backlog:
     def add(self, task: Task) -> None:
         self._count += 1
         self._size += 1
+        self._needs[task.need] += 1
         estimate = estimate_of(task.planned)
         insort(self._rules.setdefault(task.rule, []), (estimate, -self._count, task))
 
@@ -64,6 +67,7 @@ class Backlog:
             at -= 1
         del tasks[at]
         self._size -= 1
+        self._needs[task.need] -= 1
         if not tasks:
             del self._rules[task.rule]
         task.expected = self._walltimes.expected(task.rule, task.planned)
@@ -72,6 +76,7 @@ class Backlog:
     def clear(self) -> list[Task]:
         tasks = [entry[2] for entries in self._rules.values() for entry in entries]
         self._rules.clear()
+        self._needs.clear()
         self._size = 0
         return tasks
 
@@ -93,16 +98,10 @@ class Backlog:
         """Seconds that all but surely no task exceeds."""
         return max((self.surely(tasks[-1][2]) for tasks in self._rules.values()), default=0.0)
 
-    @property
-    def widest(self) -> Need:
-        """The most CPUs, the most memory and the most GPUs any task takes."""
-        cpus, memory, gpus = 1, 0, 0
-        for tasks in self._rules.values():
-            for _, _, task in tasks:
-                need = task.need
-                cpus, memory = max(cpus, need.cpus), max(memory, need.memory)
-                gpus = max(gpus, need.gpus)
-        return Need(cpus, memory, gpus)
+    def side_by_side(self, kind: InstanceType) -> int:
+        """How many of the tasks run on one VM at a time, on average."""
+        share = sum(count / slots_of(kind, need) for need, count in self._needs.items() if count)
+        return max(1, int(self._size / share + 1e-9)) if share else kind.cpus
 
     @property
     def doubt(self) -> float:
@@ -149,6 +148,7 @@ class Announcement:
     rule: str
     need: Need
     planned: float | None
+    spot: str = NEVER
 
 
 class Future:
@@ -226,6 +226,7 @@ class Pool:
     lost: int = 0
     room: int = 0
     nodes: int = 1
+    market: str = ON_DEMAND
 
     def __iter__(self) -> Iterator[VM]:
         return iter(self.fleet)
@@ -252,14 +253,8 @@ class Pool:
 
     @property
     def slots(self) -> int:
-        """How many tasks a VM runs side by side, all of them as wide as the widest that waits."""
-        if self.kind.cpus == 1:
-            return 1
-        need = self.backlog.widest
-        if need.gpus:
-            return 1
-        by_memory = self.kind.node_memory // need.memory if need.memory else self.kind.cpus
-        return max(1, min(self.kind.cpus // need.cpus, by_memory))
+        """How many tasks a VM runs side by side."""
+        return 1 if self.kind.cpus == 1 else self.backlog.side_by_side(self.kind)
 
     @property
     def money_left(self) -> float:

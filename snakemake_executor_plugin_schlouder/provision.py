@@ -150,9 +150,11 @@ class Ec2Settings:
     instance_profile: str = ""
 
 
-def client_token(run: str, node: str, type_name: str, attempt: int) -> str:
+def client_token(
+    run: str, batch: Sequence[str], type_name: str, market: str, zone: str, attempt: int
+) -> str:
     """Idempotency token of one launch: everything that changes the request changes the token (R2)."""
-    text = "\n".join((run, node, type_name, str(attempt)))
+    text = "\n".join((run, *batch, type_name, market, zone, str(attempt)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
+from .launcher import Limits
 from .model import VM, Billing, InstanceType, Need, SchlouderError, SlurmOptions, Task, TaskState
 from .pool import Announcement, Goal
 from .prediction import LearnedBoots, Walltimes
@@ -30,6 +31,8 @@ from .provision import (
     LaunchOutcome,
     LaunchRefused,
     LaunchRequest,
+    NoCapacity,
+    QuotaReached,
     TokenSpent,
 )
 from .slurm import (
@@ -45,8 +48,9 @@ from .slurm import (
 )
 from .slurm.script import Exit, exit_of, has_begun, revoke
 from .slurm.states import JobPhase
+from .tariff import Tariff
 
-VERSION = 1
+VERSION = 2
 
 DECISIONS = (
     *("cloud.launch", "cloud.terminate", "cluster.submit", "cluster.drain", "cluster.cancel"),
@@ -101,9 +105,9 @@ _KNOWN: dict[str, Callable[..., Any]] = {
         *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, SlurmOptions),
         *(Task,),
         *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
-        *(CloudUnavailable, LaunchRefused, TokenSpent, ClusterUnavailable, SubmissionRefused),
-        *(JobPhase, TaskState, OSError),
-        *(sqlite3.Error, Path, dict),
+        *(CloudUnavailable, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
+        *(ClusterUnavailable, SubmissionRefused, JobPhase, TaskState, OSError),
+        *(Limits, Tariff, sqlite3.Error, Path),
     )
 }
 
@@ -134,6 +138,9 @@ def decoded(value: Any) -> Any:
         return [decoded(part) for part in value]
     if not isinstance(value, dict):
         return value
+    if value["is"] == "dict":
+        pairs = decoded(value["of"][0])
+        return {tuple(key) if isinstance(key, list) else key: part for key, part in pairs}
     named = {name: decoded(part) for name, part in value.get("with", {}).items()}
     kind: Callable[..., Any] = _KNOWN.get(value["is"], RuntimeError)
     return kind(*decoded(value.get("of", [])), **named)

@@ -205,11 +205,15 @@ class FakeCloud:
         if self.refusals:
             return self.refusals.pop(0)
         for machine in self.world.machines.values():
-            if machine.token == request.token:
+            if (machine.token, machine.instance.node) == (request.token, request.node):
                 return machine.instance if machine.instance.is_alive else TokenSpent("ended")
         self.launched.append(request)
         instance_id = f"i-{len(self.world.machines):04d}"
-        instance = Instance(instance_id, request.node, self.run, "pending", request.type.name, "")
+        instance = Instance(
+            *(instance_id, request.node, self.run, "pending", request.type.name, ""),
+            market=request.market,
+            zone=request.zone,
+        )
         self.world.machines[instance_id] = Machine(
             instance, self.world.now, request.type.cpus, request.token
         )

@@ -650,7 +650,7 @@ class Inventing(strategies.Asap):
     """A user's strategy that hands out a VM nobody has."""
 
     def choose(self, task: Task, fleet: Fleet) -> VM | None:
-        return VM("mine", "s", SMALL, "t", 0.0)
+        return VM("mine", "s", SMALL, 0.0)
 
 
 @pytest.mark.parametrize(

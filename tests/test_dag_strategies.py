@@ -53,7 +53,7 @@ class Table:
 
     def _new_vm(self) -> VM:
         name = f"vm{len(self.vms) + 1}"
-        vm = self.vms[name] = VM(name, "s", CORE, "t", self.fleet.now, BOOT)
+        vm = self.vms[name] = VM(name, "s", CORE, self.fleet.now, BOOT)
         self.fleet.add(vm)
         return vm
 

@@ -17,7 +17,7 @@ def task(seconds: float) -> Task:
 
 
 def vm(number: int, requested: float) -> VM:
-    return VM(f"vm{number}", "s", ONE_CORE, "t", requested, 30.0, state=VMState.READY)
+    return VM(f"vm{number}", "s", ONE_CORE, requested, 30.0, state=VMState.READY)
 
 
 STEPS = values.lists(

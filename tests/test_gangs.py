@@ -13,7 +13,7 @@ from fakes import witness
 from rig import BIG, SMALL, Rig
 from test_takeover import killed_at, restart
 
-from snakemake_executor_plugin_schlouder.broker import MAX_BOOT_FAILURES
+from snakemake_executor_plugin_schlouder.launcher import MAX_BOOT_FAILURES
 from snakemake_executor_plugin_schlouder.model import Billing, Need, SlurmOptions, Task, TaskState
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.provision import (

@@ -37,7 +37,7 @@ def task(number: int, **values: object) -> Task:
 
 
 def machine() -> VM:
-    return VM("node-1", "one-vm-per-job", InstanceType("m5.large", 2, 8192), "token", 1000.0)
+    return VM("node-1", "one-vm-per-job", InstanceType("m5.large", 2, 8192), 1000.0)
 
 
 def test_a_journal_read_again_says_the_same(tmp_path: Path) -> None:

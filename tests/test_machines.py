@@ -9,7 +9,7 @@ from snakemake_executor_plugin_schlouder.model import VM, InstanceType, VMState
 
 
 def idle(machines: Machines, name: str) -> VM:
-    vm = VM(name, "s", InstanceType("one", 1, 4096), "t", 0.0, state=VMState.READY)
+    vm = VM(name, "s", InstanceType("one", 1, 4096), 0.0, state=VMState.READY)
     vm.idle_since = 10.0
     machines.add(vm)
     return vm

@@ -29,7 +29,7 @@ def task(planned: float | None = None, cpus: int = 1) -> Task:
 
 def vm(requested: float = 0.0, state: VMState = VMState.READY, boot_planned: float = 60.0) -> VM:
     name = f"vm{requested:.0f}"
-    return VM(name, "s", TYPE, "t", requested, state=state, boot_planned=boot_planned)
+    return VM(name, "s", TYPE, requested, state=state, boot_planned=boot_planned)
 
 
 def plan(machine: VM, *tasks: Task, now: float = 1000.0) -> None:
@@ -232,7 +232,7 @@ def test_a_package_may_offer_strategies_by_entry_point(
 
 
 def test_a_vm_with_more_tasks_than_slots_is_free_when_those_that_end_last_are_done() -> None:
-    machine = VM("vm", "s", InstanceType("m5.xlarge", 4, 16384), "t", 0.0, state=VMState.READY)
+    machine = VM("vm", "s", InstanceType("m5.xlarge", 4, 16384), 0.0, state=VMState.READY)
     for seconds in (100, 200, 300, 400):
         running = task(seconds)
         running.started = 1000.0

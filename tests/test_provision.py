@@ -35,15 +35,15 @@ KIND = InstanceType("m5.large", 2, 8192)
 
 def test_every_change_of_a_launch_changes_its_token() -> None:
     tokens = {
-        client_token("r", "n", "t", 1),
-        client_token("r2", "n", "t", 1),
-        client_token("r", "n2", "t", 1),
-        client_token("r", "n", "t2", 1),
-        client_token("r", "n", "t", 2),
+        client_token("r", ["n"], "t", "on-demand", "a", 1),
+        client_token("r2", ["n"], "t", "on-demand", "a", 1),
+        client_token("r", ["n2"], "t", "on-demand", "a", 1),
+        client_token("r", ["n"], "t2", "on-demand", "a", 1),
+        client_token("r", ["n"], "t", "on-demand", "a", 2),
     }
     assert len(tokens) == 5
     assert all(len(token) <= 64 and token.isascii() for token in tokens)
-    assert client_token("r", "n", "t", 1) in tokens
+    assert client_token("r", ["n"], "t", "on-demand", "a", 1) in tokens
 
 
 def test_a_node_declares_nine_tenths_of_its_memory() -> None:
@@ -124,7 +124,7 @@ def run_of(ec2: Ec2Cloud) -> str:
 def request(ec2: Ec2Cloud, number: int) -> LaunchRequest:
     run = run_of(ec2)
     node = f"{run}-{number}"
-    return LaunchRequest(run, node, client_token(run, node, "m5.large", 1), KIND)
+    return LaunchRequest(run, node, client_token(run, [node], "m5.large", "on-demand", "", 1), KIND)
 
 
 def launched(ec2: Ec2Cloud, number: int) -> Instance:

@@ -86,7 +86,7 @@ def test_troubles_are_played_again_too(tmp_path: Path) -> None:
     rig.give(1, seconds=10, code=3)
     rig.run(10)
     rig.cloud.away = False
-    rig.run(20)
+    rig.run(26)
     rig.slurm.away = True
     rig.run(10)
     rig.slurm.away = False

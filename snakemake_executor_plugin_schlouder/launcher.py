@@ -1,0 +1,188 @@
+"""Starting machines: within the hard limits, in batches, and what each kind of refusal means (R14, R15, R19).
+
+Strategies want VMs; this decides which of them are asked for now, where, and whether any more are at all.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .model import VM, Billing, VMState
+from .offers import Offers
+from .provision import (
+    CloudUnavailable,
+    Instance,
+    LaunchOutcome,
+    LaunchRefused,
+    LaunchRequest,
+    NoCapacity,
+    QuotaReached,
+    TokenSpent,
+    client_token,
+)
+
+MAX_BOOT_FAILURES = 3
+"""Boots in a row that may fail before nothing more is launched (R15)."""
+
+BATCH = 10
+"""Machines started by one call at most: their names must fit into one tag of 256 characters."""
+
+_BACKOFF = 60.0
+_ASKED_FOR = (VMState.REQUESTED, VMState.BOOTING)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no strategy may exceed (R19): VMs that boot at a time, and USD for all VMs of the run."""
+
+    max_booting: int = 1_000_000
+    max_spend: float = math.inf
+
+
+class Launcher:
+    """`refusal` is why nothing more is started, for good; empty: nothing speaks against it."""
+
+    def __init__(self, run: str, offers: Offers, billing: Billing, limits: Limits) -> None:
+        self._run = run
+        self._offers = offers
+        self._billing = billing
+        self._limits = limits
+        self._boot_failures = 0
+        self.refusal = ""
+
+    # -- boots
+
+    def has_booted(self) -> None:
+        self._boot_failures = 0
+
+    def boot_failed(self, why: str) -> None:
+        """The circuit breaker: machines that never join would be paid for again and again."""
+        self._boot_failures += 1
+        if self._boot_failures >= MAX_BOOT_FAILURES:
+            self.refusal = f"{MAX_BOOT_FAILURES} VMs in a row did not join Slurm; the last: {why}"
+
+    # -- money
+
+    def spent(self, vms: Iterable[VM], now: float) -> float:
+        """USD on the bill so far."""
+        return sum(self._cost(vm, self._uptime(vm, now)) for vm in vms if vm.instance_id)
+
+    def bound(self, vms: Iterable[VM], now: float) -> float:
+        """USD that these VMs will have cost when all that is planned for them is done."""
+        return sum(self._cost(vm, self._until_done(vm, now)) for vm in vms)
+
+    def _until_done(self, vm: VM, now: float) -> float:
+        uptime = self._uptime(vm, now)
+        return uptime if vm.ended is not None else max(uptime, uptime + vm.idle_at(now) - now)
+
+    def _uptime(self, vm: VM, now: float) -> float:
+        return max(0.0, vm.uptime(now if vm.ended is None else vm.ended))
+
+    def _cost(self, vm: VM, uptime: float) -> float:
+        return self._billing.billed(uptime) / 3600 * (vm.price or 0.0)
+
+    # -- which machines are asked for now
+
+    def due(self, vms: Sequence[VM], all_vms: Iterable[VM], now: float) -> list[VM]:
+        """Of the VMs that are not launched yet those that may be now."""
+        waiting = [vm for vm in vms if vm.retry_at <= now]
+        if not waiting:
+            return []
+        if self._limits == Limits():
+            return waiting
+        known = list(all_vms)
+        asked = {vm.name for vm in waiting}
+        booting = sum(vm.state in _ASKED_FOR and vm.name not in asked for vm in known)
+        room = max(0, self._limits.max_booting - booting)
+        return self._affordable(waiting[:room], known, now)
+
+    def _affordable(self, wanted: list[VM], known: Sequence[VM], now: float) -> list[VM]:
+        if self._limits.max_spend == math.inf:
+            return wanted
+        names = {vm.name for vm in wanted}
+        others = [vm for vm in known if vm.name not in names and vm.instance_id]
+        bound = self.bound(others, now)
+        for count, vm in enumerate(wanted):
+            bound += self.bound([vm], now)
+            if bound > self._limits.max_spend:
+                self.refusal = (
+                    f"--schlouder-max-spend of {self._limits.max_spend:.2f} USD: "
+                    f"{self.spent(others, now):.2f} USD are spent, and with {vm.name} ({vm.type.name}) "
+                    f"it would come to {bound:.2f}"
+                )
+                return wanted[:count]
+        return wanted
+
+    def is_spent(self, vms: Iterable[VM], now: float) -> bool:
+        """Whether the run has cost as much as it may."""
+        return self._limits.max_spend < math.inf and self.spent(vms, now) >= self._limits.max_spend
+
+    def address(self, vms: Sequence[VM], now: float) -> tuple[list[VM], list[VM]]:
+        """Gives each VM zone, batch and token, unless it has them from an earlier try; (those that can be
+        asked for, those for which there is no capacity anywhere). A pool that had no capacity gets one
+        VM to try; the others of it stay for later."""
+        ready = [vm for vm in vms if vm.token]
+        none: list[VM] = []
+        groups: dict[tuple[str, str, str], list[VM]] = {}
+        for vm in vms:
+            if vm.token:
+                continue
+            zones = self._offers.zones(vm.type, vm.market, now)
+            if zones:
+                groups.setdefault((vm.type.name, vm.market, zones[0]), []).append(vm)
+            else:
+                none.append(vm)
+        for (_, market, zone), group in groups.items():
+            if self._offers.is_probe(group[0].type, market, zone):
+                group = group[:1]
+            for start in range(0, len(group), BATCH):
+                ready += self._batch(group[start : start + BATCH], zone)
+        return ready, none
+
+    def _batch(self, vms: list[VM], zone: str) -> list[VM]:
+        names = tuple(vm.name for vm in vms)
+        for vm in vms:
+            vm.zone, vm.batch = zone, names
+            vm.price = self._offers.price(vm.type, vm.market, zone)
+            vm.token = self._token(vm)
+        return vms
+
+    def _token(self, vm: VM) -> str:
+        return client_token(
+            self._run, vm.batch, vm.type.name, vm.market, vm.zone, vm.launch_attempt
+        )
+
+    def request(self, vm: VM) -> LaunchRequest:
+        return LaunchRequest(self._run, vm.name, vm.token, vm.type, vm.market, vm.zone, vm.batch)
+
+    # -- what the cloud says
+
+    def take(self, vm: VM, outcome: LaunchOutcome, now: float) -> None:
+        """What an outcome means for later launches of `vm` and of others."""
+        if isinstance(outcome, Instance):
+            self._offers.has_some(vm.type, vm.market, vm.zone)
+        elif isinstance(outcome, NoCapacity):
+            self._offers.has_none(vm.type, vm.market, vm.zone, now)
+            self._anew(vm, now)
+        elif isinstance(outcome, QuotaReached):
+            self._offers.quota_reached(vm.type, vm.market, str(outcome))
+            self._anew(vm, now)
+        elif isinstance(outcome, LaunchRefused):
+            self.refusal = str(outcome)
+        elif isinstance(outcome, TokenSpent):
+            self._anew(vm, now + self._pause(vm))
+        elif isinstance(outcome, CloudUnavailable):
+            vm.retry_at = now + self._pause(vm)
+        vm.launch_attempt += not isinstance(outcome, Instance)
+
+    def _anew(self, vm: VM, date: float) -> None:
+        """Nothing was started under its token, or nothing that lives: the next try is another launch."""
+        vm.token, vm.zone, vm.batch, vm.retry_at = "", "", (), date
+
+    def _pause(self, vm: VM) -> float:
+        """Seconds until the next try; the same for a batch, different for others."""
+        spread = random.Random(f"{vm.token} {vm.launch_attempt}").uniform(0.5, 1.0)
+        return min(_BACKOFF, 2.0 ** (vm.launch_attempt + 1)) * spread
