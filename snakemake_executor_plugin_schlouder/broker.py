@@ -88,7 +88,7 @@ _NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
 _VOID = (TaskState.FAILED, TaskState.CANCELLED)
 _CLAIMED = (
     *("command", "name", "ends_run", "limit", "planned", "is_limit", "may_bundle", "options"),
-    *("strategy", "after", "level", "rank"),
+    *("strategy", "after", "level", "rank", "spot"),
 )
 """What a task that goes on takes over from the one that stands for it in the new run."""
 
@@ -117,7 +117,8 @@ _RECLAIM_PATIENCE = 180.0
 @dataclass(frozen=True)
 class BrokerConfig:
     """What the broker is told; `types` in the user's order of preference, `boot_timeout` in seconds, the
-    `zones` of each type by its name. `reclaims`: spot machines that may be taken back under a task.
+    `zones` of each type by its name; the `reserved` ones are only for tasks that name them. `reclaims`: spot
+    machines that may be taken back under a task.
     `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
     waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
@@ -140,6 +141,7 @@ class BrokerConfig:
     zones: Mapping[str, Sequence[str]] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     reclaims: int = RECLAIMS
+    reserved: tuple[str, ...] = ()
 
     @property
     def job_name(self) -> str:
@@ -223,7 +225,7 @@ class Broker:
         self._replaced: dict[str, list[Task]] = {}
         self._held: list[Task] = []
         self._unwritten: list[Task] = []
-        self._offers = Offers(config.types, config.tariff, config.zones)
+        self._offers = Offers(config.types, config.tariff, config.zones, config.reserved)
         self._launcher = Launcher(config.run, self._offers, config.billing, config.limits)
         self._planner = Planner(
             self._offers,
@@ -322,7 +324,12 @@ class Broker:
         for name in _CLAIMED:
             setattr(live, name, getattr(task, name))
         wanted = task.need
-        live.need = replace(live.need, gpu_model=wanted.gpu_model, constraint=wanted.constraint)
+        live.need = replace(
+            live.need,
+            gpu_model=wanted.gpu_model,
+            constraint=wanted.constraint,
+            types=wanted.types,
+        )
         live.is_wanted = True
         self._claimed.append(live)
         if live.state == TaskState.COMPLETE:

@@ -30,11 +30,12 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.utils import encode_target_jobs_cli_args
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
-from .broker import Broker, BrokerConfig
+from .broker import RECLAIMS, Broker, BrokerConfig
 from .dag import Dag, dependencies, members_of
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
+from .launcher import Limits
 from .model import VM, InstanceType, SchlouderError, Task, TaskState, VMState
 from .planning import too_big
 from .pool import Announcement
@@ -250,6 +251,8 @@ class Executor(RemoteExecutor):
             order=config.order,
             asks_seldom=True,
             launch_timeout=_LAUNCH_TIMEOUT,
+            limits=Limits(config.max_booting, config.max_spend),
+            reclaims=self._preemptible_retries(),
         )
         broker_config.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweeper = Sweeper(self._workdir, self._run)
@@ -265,6 +268,12 @@ class Executor(RemoteExecutor):
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
+
+    def _preemptible_retries(self) -> int:
+        """Spot machines that a job may lose before it goes on without: what Snakemake is told of retries."""
+        remote = getattr(self.workflow, "remote_execution_settings", None)
+        given = getattr(remote, "preemptible_retries", None)
+        return RECLAIMS if given is None else given
 
     def _make_broker(
         self,
@@ -445,7 +454,7 @@ class Executor(RemoteExecutor):
 
     def _announcements(self, asked: Mapping[Any, RuleSettings]) -> list[Announcement]:
         return [
-            Announcement(s.strategy, _file_name(job.name), s.need, self._planned(s))
+            Announcement(s.strategy, _file_name(job.name), s.need, self._planned(s), s.spot)
             for job, s in asked.items()
         ]
 
@@ -470,11 +479,21 @@ class Executor(RemoteExecutor):
         resources: Mapping[str, Any] = dict(job.resources.items())
         threads = max(1, job.threads if isinstance(job.threads, int) else 1)
         if not job.is_group():
-            return rule_settings(job.name, threads, resources, self._config)
+            return self._rule_settings(job, threads, resources)
         members = [dict(member.resources.items()) for member in job.jobs]
         resources = of_group(job.name, resources, threads, members)
-        found = rule_settings(job.name, threads, resources, self._config)
+        found = self._rule_settings(job, threads, resources)
         return found if found.planned is None else replace(found, planned=self._in_layers(job))
+
+    def _rule_settings(self, job: Any, threads: int, resources: Mapping[str, Any]) -> RuleSettings:
+        return rule_settings(job.name, threads, resources, self._config, self._is_preemptible(job))
+
+    def _is_preemptible(self, job: Any) -> bool:
+        """Whether --preemptible-rules names its rule, or those of all its members; no part of the executor
+        interface."""
+        remote = getattr(self.workflow, "remote_execution_settings", None)
+        rules = getattr(remote, "preemptible_rules", None)
+        return rules is not None and all(rules.is_preemptible(name) for name in job.rules)
 
     def _in_layers(self, group: Any) -> float:
         """Seconds a group takes whose members run side by side unless they wait for each other."""
@@ -500,6 +519,7 @@ class Executor(RemoteExecutor):
             is_limit=settings.planned is None,
             options=settings.options,
             may_bundle=settings.bundle and not job.is_group(),
+            spot=settings.spot,
             identity=identity_of(job),
             content=content_of(job),
         )
@@ -620,7 +640,7 @@ class Executor(RemoteExecutor):
 
     def _ends_run(self, job: Any) -> bool:
         """Whether a failure of this attempt ends the workflow: no retry left and no --keep-going."""
-        retried = getattr(job, "restart_times", 0) > job.attempt - 1
+        retried = (getattr(job, "restart_times", 0) or 0) > job.attempt - 1
         settings = getattr(self.workflow, "execution_settings", None)
         return not retried and not getattr(settings, "keep_going", False)
 

@@ -11,6 +11,7 @@ import re
 from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 ON_DEMAND, SPOT = "on-demand", "spot"
 """The markets EC2 sells machines on."""
@@ -91,13 +92,15 @@ class InstanceType:
             and need.gpus <= self.gpus
             and need.gpu_model in ("", self.gpu_model)
             and (not need.constraint or _holds(need.constraint, self.features))
+            and (not need.types or is_named(need.types, self.name))
         )
 
 
 @dataclass(frozen=True)
 class Need:
     """What a task takes of each of its `nodes` VMs while it runs, and what kind of VM that must be: one with
-    GPUs of a model, or with features on which a `constraint` holds, such as `m5.large|m5.xlarge`."""
+    GPUs of a model, or with features on which a `constraint` holds, such as `m5.large|m5.xlarge`, or one of
+    these instance `types` (names, families and patterns, separated by commas)."""
 
     cpus: int = 1
     memory: int = 0
@@ -105,6 +108,7 @@ class Need:
     gpu_model: str = ""
     constraint: str = ""
     nodes: int = 1
+    types: str = ""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -120,6 +124,16 @@ class Need:
         if memory == self.memory and gpus == self.gpus:
             return self
         return replace(self, memory=memory, gpus=gpus)
+
+
+@functools.lru_cache
+def is_named(words: str, name: str) -> bool:
+    """Whether one of the names, families and patterns in `words` stands for the instance type `name`."""
+    return any(
+        fnmatchcase(name, word) or name.startswith(f"{word}.")
+        for word in re.split(r"[,\s]+", words)
+        if word
+    )
 
 
 @functools.lru_cache

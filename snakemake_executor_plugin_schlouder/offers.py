@@ -7,7 +7,7 @@ no I/O, and the time is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .model import NEVER, ON_DEMAND, ONLY, PREFER, SPOT, InstanceType, Need
@@ -46,15 +46,18 @@ class _Closed:
 
 class Offers:
     """`kinds` in the user's order of preference, which counts where prices are not known; `zones` in which
-    each type can be had, by its name: one that is not named is had wherever the cloud likes."""
+    each type can be had, by its name: one that is not named is had wherever the cloud likes. The `reserved`
+    types are only for tasks that name them."""
 
     def __init__(
         self,
         kinds: Sequence[InstanceType],
         tariff: Tariff | None = None,
         zones: Mapping[str, Sequence[str]] | None = None,
+        reserved: Collection[str] = (),
     ) -> None:
         self._kinds = tuple(kinds)
+        self._reserved = reserved
         self._order = {kind.name: number for number, kind in enumerate(kinds)}
         self._tariff = tariff or Tariff.unknown()
         self._zones = zones or {}
@@ -84,16 +87,20 @@ class Offers:
     def choose_one(self, needs: Iterable[Need], spot: str, now: float) -> Offer | None:
         """The cheapest single machine that fits all of these, one after the other."""
         wanted = tuple(dict.fromkeys(needs))
-        fitting = [kind for kind in self._kinds if all(kind.fits(need) for need in wanted)]
+        fitting = [kind for kind in self._kinds if all(self.fits(kind, need) for need in wanted)]
         offers = self._on_markets(fitting, spot, now)
         return min(offers, key=lambda offer: (_known(offer.price), self._rank(offer)), default=None)
 
     def fits_none(self, need: Need) -> bool:
         """Whether no type that is allowed can hold it, to be had or not."""
-        return not any(kind.fits(need) for kind in self._kinds)
+        return not any(self.fits(kind, need) for kind in self._kinds)
+
+    def fits(self, kind: InstanceType, need: Need) -> bool:
+        """Whether a machine of `kind` may be given a task that takes this."""
+        return kind.fits(need) and (bool(need.types) or kind.name not in self._reserved)
 
     def _cheapest(self, demand: Demand, now: float) -> Offer | None:
-        fitting = [kind for kind in self._kinds if kind.fits(demand.need)]
+        fitting = [kind for kind in self._kinds if self.fits(kind, demand.need)]
         offers = self._on_markets(fitting, demand.spot, now)
         return min(offers, key=lambda offer: self._cost(offer, demand), default=None)
 

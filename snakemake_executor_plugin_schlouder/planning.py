@@ -362,7 +362,7 @@ class Planner:
             if other.is_starved and other.backlog and _may_help(pool, other):
                 for vm in idle:
                     task = other.backlog.longest(vm) if vm.is_unused else None
-                    if task is not None and pool.kind.fits(task.need):
+                    if task is not None and self._offers.fits(pool.kind, task.need):
                         self._assign(other.backlog.take(task), vm, pool, round_)
 
     def _feed(self, pool: Pool, round_: _Round) -> None:
@@ -439,8 +439,8 @@ class Planner:
     def _living_pool(self, task: Task) -> Pool | None:
         """One with VMs that can take `task`, where none can be started for it."""
         for (name, _, market, nodes), pool in self._pools.items():
-            same = name == task.strategy and nodes == task.need.nodes
-            if same and len(pool.fleet) and pool.kind.fits(task.need) and _may_use(task, market):
+            same = name == task.strategy and nodes == task.need.nodes and _may_use(task, market)
+            if same and len(pool.fleet) and self._offers.fits(pool.kind, task.need):
                 return pool
         return None
 

@@ -239,7 +239,8 @@ def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
         per_task = -(-per_gpu * gpus // tasks)
     cpus = -(-tasks // nodes) * per_task
     memory = asked.number("mem_mb_per_cpu") * cpus or asked.number("mem_mb")
-    return Need(cpus, memory, -(-gpus // nodes), model, _constraint(asked), nodes), tasks
+    types = asked.text("schlouder_instance_type")
+    return Need(cpus, memory, -(-gpus // nodes), model, _constraint(asked), nodes, types), tasks
 
 
 def _nodes(asked: _Asked) -> int:

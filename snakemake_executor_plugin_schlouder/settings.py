@@ -4,6 +4,7 @@ No `from __future__ import annotations` here: Snakemake builds its parser from t
 only plain types and `Optional[...]`, never `X | None` or strings.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,12 +16,14 @@ from typing import Any, Optional, TypeVar
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
-from .model import Billing, Need, SchlouderError, SlurmOptions
+from .model import NEVER, ONLY, PREFER, Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known
 from .slurm import APIS
 
 _T = TypeVar("_T")
+
+SPOT_CHOICES = (NEVER, PREFER, ONLY)
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -81,6 +84,26 @@ class ExecutorSettings(ExecutorSettingsBase):
     )
     max_vms: Optional[int] = field(
         default=20, metadata=_setting("Most VMs at any time, over all strategies.", metavar="N")
+    )
+    max_booting: Optional[int] = field(
+        default=50, metadata=_setting("Most VMs that boot at any time.", metavar="N")
+    )
+    max_spend: Optional[float] = field(
+        default=None,
+        metadata=_setting(
+            "Most that the VMs of the run may cost, in USD. No VM is started with which it would cost more; "
+            "when it is spent nothing further is started. Needs known prices.",
+            metavar="USD",
+        ),
+    )
+    spot: Optional[str] = field(
+        default=NEVER,
+        metadata=_setting(
+            "Whether jobs run on spot machines, which cost less and may be taken back: never, prefer (on "
+            "demand where none is to be had, or after too many were taken back), or only. A rule may say "
+            "otherwise with the resource schlouder_spot; rules of --preemptible-rules prefer them.",
+            metavar="never|prefer|only",
+        ),
     )
     btu: Optional[float] = field(
         default=1.0,
@@ -193,6 +216,9 @@ class Config:
     sharing: bool
     bundle: bool
     max_vms: int
+    max_booting: int
+    max_spend: float
+    spot: str
     billing: Billing
     instance_types: tuple[str, ...]
     image: str
@@ -222,6 +248,7 @@ class RuleSettings:
     options: SlurmOptions = field(default_factory=SlurmOptions)
     ignored: tuple[str, ...] = ()
     bundle: bool = False
+    spot: str = NEVER
 
 
 def validated(settings: ExecutorSettings) -> Config:
@@ -237,6 +264,9 @@ def validated(settings: ExecutorSettings) -> Config:
         bundle=settings.bundle == "on",
         order=settings.order or "",
         max_vms=settings.max_vms or 0,
+        max_booting=settings.max_booting or 0,
+        max_spend=math.inf if settings.max_spend is None else settings.max_spend,
+        spot=settings.spot or "",
         billing=Billing(
             settings.btu or 0,
             settings.min_charge or 0,
@@ -261,7 +291,11 @@ def validated(settings: ExecutorSettings) -> Config:
 
 
 def rule_settings(
-    rule: str, threads: int, resources: Mapping[str, Any], config: Config
+    rule: str,
+    threads: int,
+    resources: Mapping[str, Any],
+    config: Config,
+    is_preemptible: bool = False,
 ) -> RuleSettings:
     """What a job of `rule` asks for; SchlouderError tells all that is wrong with it, each with the rule,
     the resource and what is allowed.
@@ -286,6 +320,9 @@ def rule_settings(
     bundle = checked(
         lambda: _switch(rule, "schlouder_bundle", known(resources.get("schlouder_bundle")))
     )
+    spot = checked(lambda: _spot(rule, known(resources.get("schlouder_spot")))) or config.spot
+    if is_preemptible and spot == NEVER and not known(resources.get("schlouder_spot")):
+        spot = PREFER
     asked = checked(lambda: demand(rule, threads, resources))
     if asked is not None:
         checked(lambda: _check_room(rule, asked.need.nodes, config.max_vms))
@@ -299,6 +336,7 @@ def rule_settings(
         asked.options,
         asked.ignored,
         config.bundle if bundle is None else bundle,
+        spot,
     )
 
 
@@ -367,6 +405,10 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
         for name, value in (("sharing", settings.sharing), ("bundle", settings.bundle))
         if value not in ("on", "off")
     ]
+    if settings.spot not in SPOT_CHOICES:
+        problems.append(
+            f"--schlouder-spot: {settings.spot!r} is not allowed; it is {', '.join(SPOT_CHOICES)}"
+        )
     try:
         order.checked(settings.order or "")
     except SchlouderError as error:
@@ -400,6 +442,7 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
 def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
     bounds = (
         ("max-vms", settings.max_vms, 1, "a whole number of at least 1"),
+        ("max-booting", settings.max_booting, 1, "a whole number of at least 1"),
         ("log-days", settings.log_days, 1, "a whole number of days, at least 1"),
         ("min-charge", settings.min_charge, 0, "seconds, at least 0"),
         ("margin", settings.margin, 0, "seconds, at least 0"),
@@ -409,6 +452,10 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
         for name, value, least, allowed in bounds
         if value is None or not least <= value < float("inf")
     ]
+    if settings.max_spend is not None and not 0 < settings.max_spend < float("inf"):
+        problems.append(
+            f"--schlouder-max-spend: {settings.max_spend} is not allowed; it must be USD above 0"
+        )
     if settings.boot_overhead is None or not 0 < settings.boot_overhead <= 1:
         problems.append(
             f"--schlouder-boot-overhead: {settings.boot_overhead} is not allowed; "
@@ -424,6 +471,14 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
 
 def _words(text: Optional[str]) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[,\s]+", text or "") if word)
+
+
+def _spot(rule: str, value: Any) -> Optional[str]:
+    if value is not None and value not in SPOT_CHOICES:
+        raise SchlouderError(
+            f"rule {rule}: schlouder_spot: {value!r} is not allowed; it is {', '.join(SPOT_CHOICES)}"
+        )
+    return None if value is None else str(value)
 
 
 def _switch(rule: str, resource: str, value: Any) -> Optional[bool]:

@@ -25,6 +25,7 @@ from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
 from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus, SubmitOutcome
 from .slurm.states import JobPhase
+from .tariff import Tariff
 from .tasklist import RecordedBoot, TaskList
 
 ONE_CORE = InstanceType("one-core", 1, 4096)
@@ -60,13 +61,14 @@ class Scenario:
     goal: Goal = field(default_factory=Goal)
     order: str = SUBMISSION
     types: tuple[InstanceType, ...] = (ONE_CORE,)
+    tariff: Tariff = field(default_factory=Tariff.unknown)
     lags: Lags = Lags()
 
 
 @dataclass(frozen=True)
 class Outcome:
     """`units` and `billed` (s) are summed over the VMs, `busy` (s) over the VMs of all tasks;
-    `makespan` is the date at which the last task ended."""
+    `makespan` is the date at which the last task ended, `usd` what the VMs cost, None where nobody knows."""
 
     vms: int
     units: int
@@ -74,6 +76,7 @@ class Outcome:
     uptime: float
     busy: float
     makespan: float
+    usd: float | None = None
 
     @property
     def idle_share(self) -> float:
@@ -288,6 +291,7 @@ class Simulation:
             describe_every=math.inf,
             goal=scenario.goal,
             order=checked(scenario.order),
+            tariff=scenario.tariff,
         )
         self.broker = Broker(
             config,
@@ -379,11 +383,18 @@ class Simulation:
 
     def _outcome(self) -> Outcome:
         billing = self._scenario.billing
-        uptimes = [
-            vm.uptime(vm.ended)
+        used = [
+            (vm, vm.uptime(vm.ended))
             for vm in self.broker.vms()
             if vm.ended is not None and vm.instance_id is not None
         ]
+        uptimes = [uptime for _, uptime in used]
+        prices = [vm.price for vm, _ in used]
+        usd = (
+            sum(billing.billed(up) / 3600 * (vm.price or 0.0) for vm, up in used)
+            if None not in prices
+            else None
+        )
         return Outcome(
             vms=len(uptimes),
             units=sum(billing.units(uptime) for uptime in uptimes),
@@ -391,6 +402,7 @@ class Simulation:
             uptime=sum(uptimes),
             busy=sum(task.real * task.need.nodes for task in self._tasks.values()),
             makespan=max(self._world.ended.values()),
+            usd=usd,
         )
 
 
