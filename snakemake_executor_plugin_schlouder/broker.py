@@ -559,6 +559,8 @@ class Broker:
             self._boot_failed(vm, instance.reason or "the machine ended while it booted")
         elif vm.state != VMState.TERMINATING:
             self._lost(vm, instance.reason or "the machine ended")
+        elif is_reclaim_of(instance.reason):
+            vm.reason = instance.reason
         vm.ended = vm.ended or self._now
         vm.ending = True
         if instance.state == "terminated":

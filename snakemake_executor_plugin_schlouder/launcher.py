@@ -75,8 +75,11 @@ class Launcher:
         return sum(self._cost(vm, self._until_done(vm, now)) for vm in vms)
 
     def _until_done(self, vm: VM, now: float) -> float:
-        uptime = self._uptime(vm, now)
-        return uptime if vm.ended is not None else max(uptime, uptime + vm.idle_at(now) - now)
+        if vm.ended is not None:
+            return self._uptime(vm, now)
+        up = max(now, vm.requested + vm.boot_planned) if vm.is_booting else now
+        longest = max((task.walltime for task in (*vm.active.values(), *vm.queue)), default=0.0)
+        return max(0.0, vm.uptime(max(vm.idle_at(now), up + longest)))
 
     def _uptime(self, vm: VM, now: float) -> float:
         return max(0.0, vm.uptime(now if vm.ended is None else vm.ended))

@@ -16,6 +16,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     Instance,
     LaunchOutcome,
     LaunchRequest,
+    NoCapacity,
     TokenSpent,
 )
 from snakemake_executor_plugin_schlouder.slurm import (
@@ -186,11 +187,13 @@ class World:
 
 
 class FakeCloud:
-    """`refusals` are consumed one a launch; `away` makes every call fail."""
+    """`refusals` are consumed one a launch; `away` makes every call fail; the pools in `out` (type, zone,
+    market) have no capacity."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.refusals: list[LaunchOutcome] = []
+        self.out: set[tuple[str, str, str]] = set()
         self.away = False
         self.launched: list[LaunchRequest] = []
         self.terminated: list[str] = []
@@ -207,6 +210,8 @@ class FakeCloud:
         for machine in self.world.machines.values():
             if (machine.token, machine.instance.node) == (request.token, request.node):
                 return machine.instance if machine.instance.is_alive else TokenSpent("ended")
+        if (request.type.name, request.zone, request.market) in self.out:
+            return NoCapacity("InsufficientInstanceCapacity")
         self.launched.append(request)
         instance_id = f"i-{len(self.world.machines):04d}"
         instance = Instance(
@@ -245,8 +250,8 @@ class FakeCloud:
 
 
 class FakeSlurm:
-    """`refuse` names tasks that sbatch rejects; `away` makes every call fail, `away_for` those named, after
-    `silence` seconds unless in a hurry."""
+    """`refuse` names tasks that sbatch rejects; `reasons` are those of nodes for their state; `away` makes
+    every call fail, `away_for` those named, after `silence` seconds unless in a hurry."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -255,6 +260,7 @@ class FakeSlurm:
         self.away_for: set[str] = set()
         self.refuse: set[str] = set()
         self.forgotten: set[str] = set()
+        self.reasons: dict[str, str] = {}
         self.deleted: list[str] = []
         self.foreign: dict[str, list[str]] = {}
         self.most_queued = 0
@@ -303,7 +309,8 @@ class FakeSlurm:
             if state == "draining" and not (self.world.running_on(name) or name in self.foreign):
                 self.world.nodes[name] = "drained"
         known = {
-            name: NodeStatus(name, state, True, "") for name, state in self.world.nodes.items()
+            name: NodeStatus(name, state, True, self.reasons.get(name, ""))
+            for name, state in self.world.nodes.items()
         }
         return ClusterView(jobs, known if nodes else {})
 

@@ -1,0 +1,177 @@
+"""Launches: batches, hard limits, capacity, quotas. In virtual time, over the fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rig import BIG, SMALL, Rig
+
+from snakemake_executor_plugin_schlouder.launcher import BATCH, Limits
+from snakemake_executor_plugin_schlouder.model import ON_DEMAND, Need, TaskState
+from snakemake_executor_plugin_schlouder.provision import (
+    CloudUnavailable,
+    LaunchOutcome,
+    LaunchRequest,
+    QuotaReached,
+)
+from snakemake_executor_plugin_schlouder.tariff import Tariff
+
+TARIFF = Tariff({SMALL.name: 0.10, BIG.name: 0.80}, {}, "a table")
+ZONES = {SMALL.name: ("a", "b"), BIG.name: ("a",)}
+
+
+def calls_of(rig: Rig) -> list[list[LaunchRequest]]:
+    """What is asked for from now on, call by call."""
+    calls: list[list[LaunchRequest]] = []
+    launch = rig.cloud.launch
+
+    def spy(requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        calls.append(list(requests))
+        return launch(requests)
+
+    rig.cloud.launch = spy  # type: ignore[method-assign]
+    return calls
+
+
+def test_machines_alike_are_asked_for_in_batches_under_one_token(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, max_vms=25)
+    calls = calls_of(rig)
+    rig.give(23)
+    rig.run(60)
+    (requests,) = calls
+    batches = {request.token: request.batch for request in requests}
+    assert sorted(len(batch) for batch in batches.values()) == [3, BATCH, BATCH]
+    assert [name for batch in batches.values() for name in batch] == [r.node for r in requests]
+    assert rig.states() == [TaskState.COMPLETE] * 23
+
+
+def test_a_lost_reply_is_asked_for_again_as_the_same_batch(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    calls = calls_of(rig)
+    rig.cloud.refusals = [CloudUnavailable("connection lost")] * 3
+    rig.give(3)
+    rig.run(60)
+    first, again = calls
+    assert first == again
+    assert len(rig.cloud.launched) == 3
+
+
+def test_a_zone_without_capacity_is_passed_over_for_the_next(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, tariff=TARIFF, zones=ZONES)
+    rig.cloud.out = {(SMALL.name, "a", ON_DEMAND)}
+    rig.give(2)
+    rig.run(60)
+    assert {(r.type.name, r.zone) for r in rig.cloud.launched} == {(SMALL.name, "b")}
+    assert rig.states() == [TaskState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize("strategy", ["one-vm-per-job", "asap", "fastest", "one-vm-for-all"])
+def test_where_a_type_is_not_to_be_had_the_next_one_is_taken(tmp_path: Path, strategy: str) -> None:
+    rig = Rig(tmp_path, tariff=TARIFF, zones=ZONES)
+    rig.cloud.out = {(SMALL.name, zone, ON_DEMAND) for zone in "ab"}
+    rig.give(4, strategy)
+    rig.run(200)
+    assert {request.type.name for request in rig.cloud.launched} == {BIG.name}
+    assert rig.states() == [TaskState.COMPLETE] * 4
+
+
+def test_a_run_waits_for_capacity_and_asks_with_one_machine(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,), zones={SMALL.name: ("a",)})
+    calls = calls_of(rig)
+    rig.cloud.out = {(SMALL.name, "a", ON_DEMAND)}
+    rig.give(4)
+    rig.run(170)
+    assert not rig.ended
+    assert [len(call) for call in calls] == [4]
+    rig.run(60)
+    assert [len(call) for call in calls] == [4, 1]
+    rig.cloud.out.clear()
+    rig.run(800)
+    assert rig.states() == [TaskState.COMPLETE] * 4
+
+
+def test_a_few_machines_where_many_were_wanted_are_enough(tmp_path: Path) -> None:
+    """The others go to another type, and no task is lost or waits for ever."""
+    rig = Rig(tmp_path, tariff=TARIFF, zones=ZONES)
+    launch = rig.cloud.launch
+
+    def two_at_most(requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        outcomes = launch(requests[:2])
+        rig.cloud.out |= {(SMALL.name, zone, ON_DEMAND) for zone in "ab"}
+        return [*outcomes, *launch(requests[2:])]
+
+    rig.cloud.launch = two_at_most  # type: ignore[method-assign]
+    rig.give(12, "fastest", need=Need(2, 4000))
+    rig.run(400)
+    assert rig.states() == [TaskState.COMPLETE] * 12
+    names = [request.type.name for request in rig.cloud.launched]
+    assert names.count(SMALL.name) == 2
+    assert BIG.name in names
+
+
+def test_a_quota_is_told_and_what_there_is_takes_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path, types=(SMALL,))
+    rig.give(1, "asap", seconds=30)
+    rig.run(12)
+    rig.cloud.refusals = [QuotaReached("Running On-Demand Standard instances: 2 vCPUs")] * 9
+    rig.give(3, "asap", seconds=5, need=Need(2, 1000))
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE] * 4
+    assert caplog.text.count("Running On-Demand Standard") == 1
+
+
+def test_a_quota_that_leaves_no_machine_at_all_ends_the_tasks(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,))
+    rig.cloud.refusals = [QuotaReached("VcpuLimitExceeded: none")]
+    rig.give(1)
+    rig.run(5)
+    assert "VcpuLimitExceeded" in next(iter(rig.ended.values())).reason
+
+
+def test_no_more_machines_boot_at_a_time_than_allowed(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, limits=Limits(max_booting=2))
+    rig.give(7, seconds=200)
+    most = 0
+    for _ in range(120):
+        rig.run(1)
+        booting = [m for m in rig.world.machines.values() if not m.joined]
+        most = max(most, len(booting))
+    assert most == 2
+    assert len(rig.world.machines) == 7
+
+
+def test_no_machine_is_started_that_would_exceed_the_limit(tmp_path: Path) -> None:
+    """An hour of SMALL costs 0.10 USD: tasks of an hour, and boots, fit three times into 0.35."""
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, limits=Limits(max_spend=0.35))
+    rig.give(6, seconds=3600, planned=3600.0, need=Need(2, 1000))
+    rig.run(3800, step=10)
+    assert len(rig.cloud.launched) == 3
+    assert rig.states().count(TaskState.COMPLETE) == 3
+
+
+def test_a_limit_below_the_first_machine_is_told_before_anything_is_spent(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, limits=Limits(max_spend=0.05))
+    rig.give(2, seconds=3600, planned=3600.0)
+    rig.run(5)
+    assert rig.cloud.launched == []
+    reasons = {task.reason for task in rig.ended.values()}
+    assert all("--schlouder-max-spend of 0.05 USD" in reason for reason in reasons)
+    assert rig.states() == [TaskState.FAILED] * 2
+
+
+def test_what_is_spent_ends_the_run_but_not_what_runs(tmp_path: Path) -> None:
+    """Six tasks take 150 s instead of 50; 0.01 USD are 360 s of SMALL."""
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, limits=Limits(max_spend=0.0115))
+    rig.give(6, "one-vm-for-all", seconds=150, need=Need(2, 1000), planned=50.0)
+    rig.run(1000)
+    cancelled = [task for task in rig.ended.values() if task.state == TaskState.CANCELLED]
+    assert [task.reason for task in cancelled] == [
+        "not started: --schlouder-max-spend is used up"
+    ] * len(cancelled)
+    assert 1 <= len(cancelled) <= 3
+    assert rig.states().count(TaskState.COMPLETE) == 6 - len(cancelled)
+    assert rig.world.alive() == []

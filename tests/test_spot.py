@@ -1,0 +1,197 @@
+"""Spot machines: who gets one, and what becomes of tasks when EC2 takes it back. In virtual time."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rig import SMALL, Rig
+
+from snakemake_executor_plugin_schlouder.model import (
+    NEVER,
+    ON_DEMAND,
+    ONLY,
+    PREFER,
+    SPOT,
+    Billing,
+    TaskState,
+)
+from snakemake_executor_plugin_schlouder.tariff import Tariff
+
+ZONES = {SMALL.name: ("a", "b")}
+TARIFF = Tariff({SMALL.name: 0.1}, {(SMALL.name, "a"): 0.04, (SMALL.name, "b"): 0.03}, "a table")
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    made = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, zones=ZONES, billing=Billing())
+    made.cloud.allow_kill = True
+    return made
+
+
+def notice(rig: Rig, node: str, seconds: float) -> None:
+    """What the machine tells Slurm when its metadata service tells it of the reclaim."""
+    end = datetime.fromtimestamp(rig.world.now + seconds, UTC)
+    busy = any(rig.world.running_on(node))
+    rig.world.nodes[node] = "draining" if busy else "drained"
+    rig.slurm.reasons[node] = f"schlouder: spot reclaim at {end:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def take(rig: Rig, node: str) -> None:
+    """EC2 ends the machine, and Slurm notices."""
+    rig.world.kill_machine(node)
+    rig.world.nodes[node] = "down"
+    for job in rig.world.running_on(node):
+        job.state, job.ended = "NODE_FAIL", rig.world.now
+
+
+def running(rig: Rig) -> str:
+    """A node on which something runs."""
+    return next(name for name in rig.world.alive() if rig.world.running_on(name))
+
+
+def markets(rig: Rig) -> list[str]:
+    return [request.market for request in rig.cloud.launched]
+
+
+@pytest.mark.parametrize(
+    ("spot", "market", "zone"),
+    [(NEVER, ON_DEMAND, "a"), (PREFER, SPOT, "b"), (ONLY, SPOT, "b")],
+)
+def test_a_task_runs_on_the_market_it_asks_for(rig: Rig, spot: str, market: str, zone: str) -> None:
+    rig.give(1, spot=spot)
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert [(r.market, r.zone) for r in rig.cloud.launched] == [(market, zone)]
+    (vm,) = rig.broker.vms()
+    assert vm.price == TARIFF.price(SMALL.name, market, zone)
+
+
+def test_tasks_of_different_markets_do_not_share_machines(rig: Rig) -> None:
+    tasks = [*rig.give(2, "fastest", spot=NEVER), *rig.give(2, "fastest", spot=ONLY)]
+    rig.run(200)
+    market = {vm.name: vm.market for vm in rig.broker.vms()}
+    assert [market[task.vm or ""] for task in tasks] == [ON_DEMAND] * 2 + [SPOT] * 2
+
+
+def test_what_ends_before_the_reclaim_is_let_end(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=60, planned=60.0, spot=ONLY)
+    rig.run(20)
+    node = running(rig)
+    notice(rig, node, 120)
+    rig.run(70)
+    assert task.state == TaskState.COMPLETE
+    assert (task.attempt, task.reclaims) == (1, 0)
+    assert len(rig.cloud.launched) == 1
+
+
+def test_what_cannot_end_before_the_reclaim_runs_elsewhere_at_once(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=500, planned=500.0, spot=PREFER)
+    rig.run(20)
+    node = running(rig)
+    notice(rig, node, 120)
+    rig.run(40)
+    assert task.vm != node
+    assert rig.states() == []
+    assert rig.world.machine_of(node).instance.is_alive
+    assert rig.world.twice_at_a_time() == []
+    take(rig, node)
+    rig.run(600)
+    assert task.state == TaskState.COMPLETE
+    assert (task.attempt, task.reclaims, task.losses) == (2, 1, 0)
+
+
+def test_a_machine_given_notice_gets_no_further_task(rig: Rig) -> None:
+    rig.give(6, "one-vm-for-all", seconds=50, planned=50.0, spot=ONLY)
+    rig.run(20)
+    node = running(rig)
+    notice(rig, node, 120)
+    rig.run(3)
+    before = {key for key, job in rig.world.jobs.items() if node in job.request.nodes}
+    rig.run(30)
+    after = {key for key, job in rig.world.jobs.items() if node in job.request.nodes}
+    assert after == before
+    rig.run(600)
+    assert rig.states() == [TaskState.COMPLETE] * 6
+
+
+def test_a_machine_that_ec2_forgets_to_take_is_given_back(rig: Rig) -> None:
+    rig.give(1, seconds=100, planned=100.0, spot=ONLY)
+    rig.give(1, seconds=1000, planned=1000.0)
+    rig.run(20)
+    node = next(vm.name for vm in rig.broker.vms() if vm.market == SPOT)
+    notice(rig, node, 120)
+    rig.run(250)
+    assert node in rig.world.alive()
+    rig.run(100)
+    assert node not in rig.world.alive()
+
+
+def test_a_machine_taken_without_notice_costs_no_retry(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=100, spot=ONLY)
+    for _ in range(3):
+        rig.run(30)
+        take(rig, running(rig))
+    rig.run(200)
+    assert task.state == TaskState.COMPLETE
+    assert (task.reclaims, task.losses) == (3, 0)
+
+
+def test_after_repeated_loss_a_task_moves_to_a_machine_on_demand(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=100, spot=PREFER)
+    for _ in range(3):
+        rig.run(30)
+        take(rig, running(rig))
+    rig.run(200)
+    assert task.state == TaskState.COMPLETE
+    assert markets(rig) == [SPOT, SPOT, SPOT, ON_DEMAND]
+
+
+def test_what_may_run_on_spot_machines_only_fails_in_the_end(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=100, spot=ONLY)
+    for _ in range(4):
+        rig.run(30)
+        take(rig, running(rig))
+    rig.run(30)
+    assert task.state == TaskState.FAILED
+    assert "Server.SpotInstanceTermination" in task.reason
+
+
+def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(rig: Rig) -> None:
+    rig.cloud.out = {(SMALL.name, zone, SPOT) for zone in "ab"}
+    rig.give(2, spot=PREFER)
+    rig.run(100)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert set(markets(rig)) == {ON_DEMAND}
+
+
+def test_who_wants_spot_machines_only_waits_for_them(rig: Rig) -> None:
+    rig.cloud.out = {(SMALL.name, zone, SPOT) for zone in "ab"}
+    rig.give(1, spot=ONLY)
+    rig.run(100)
+    assert rig.states() == []
+    rig.cloud.out.clear()
+    rig.run(200)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_a_reclaim_while_it_boots_is_no_failed_boot(rig: Rig) -> None:
+    """Four in a row: failed boots would have ended all launches."""
+    rig.world.boot_time = 20.0
+    rig.give(1, spot=ONLY)
+    for _ in range(4):
+        rig.run(10)
+        rig.world.kill_machine(rig.world.alive()[0])
+    rig.run(100)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_the_configured_number_of_reclaims_counts(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, zones=ZONES, reclaims=1)
+    rig.cloud.allow_kill = True
+    rig.give(1, seconds=100, spot=PREFER)
+    rig.run(30)
+    take(rig, running(rig))
+    rig.run(200)
+    assert markets(rig) == [SPOT, ON_DEMAND]
