@@ -539,9 +539,18 @@ class Broker:
             if vm.state in (VMState.PLANNED, VMState.REQUESTED):
                 self._take_outcome(vm, instance)
             elif vm.instance_id is not None or vm.state == VMState.GONE:
+                self._book_orphan(vm, instance)
                 orphans.append(instance.id)
         if orphans:
             self._try_cloud(lambda: self._cloud.terminate(orphans))
+
+    def _book_orphan(self, vm: VM, instance: Instance) -> None:
+        """A machine that came for a VM that had been given up costs what that VM would have."""
+        if vm.instance_id is None:
+            vm.instance_id, vm.meter = instance.id, instance.launched
+            vm.ended = None
+            self._move(vm, VMState.TERMINATING)
+            self._note(vm, f"came too late as {instance.id}")
 
     def _update_from_cloud(self, vm: VM, instance: Instance | None) -> None:
         if instance is None:

@@ -25,7 +25,7 @@ VERSION = 3
 _OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
 _VM = (
     "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader, "
-    "market, price, batch, zone, meter, meter_end, leaves_by"
+    "market, price, batch, zone, meter, meter_end, leaves_by, list_price"
 )
 _TASK = (
     "key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, runtime_limit, planned, state, received, "
@@ -36,14 +36,15 @@ _SCHEMA = """
 CREATE TABLE runs (
     run TEXT PRIMARY KEY, workdir TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
     region TEXT NOT NULL, endpoint TEXT NOT NULL, strategy TEXT NOT NULL,
-    started REAL NOT NULL, ended REAL, birth TEXT NOT NULL
+    started REAL NOT NULL, ended REAL, birth TEXT NOT NULL, unit REAL NOT NULL, minimum REAL NOT NULL,
+    prices TEXT NOT NULL
 ) STRICT;
 CREATE TABLE vms (
     name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
     instance_type TEXT NOT NULL, token TEXT NOT NULL, state TEXT NOT NULL, instance_id TEXT,
     requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL, leader TEXT,
     market TEXT NOT NULL, price REAL, batch TEXT NOT NULL, zone TEXT NOT NULL, meter REAL, meter_end REAL,
-    leaves_by REAL
+    leaves_by REAL, list_price REAL, paid REAL
 ) STRICT;
 CREATE TABLE tasks (
     key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
@@ -65,7 +66,8 @@ CREATE INDEX tasks_of_run ON tasks (run);
 @dataclass(frozen=True)
 class RunRecord:
     """One `snakemake --executor schlouder`. Times are seconds since the epoch; `birth` tells its process
-    from a later one with the same number."""
+    from a later one with the same number. `unit` and `minimum` (s) are what the provider bills by, `prices`
+    where its prices are from."""
 
     run: str
     workdir: str
@@ -77,6 +79,9 @@ class RunRecord:
     started: float
     ended: float | None = None
     birth: str = ""
+    unit: float = 1.0
+    minimum: float = 60.0
+    prices: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class VMRecord:
     zone: str
     meter: float | None
     meter_end: float | None
+    list_price: float | None
+    paid: float | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class TaskRecord:
     ended: float | None
     vm: str | None
     reason: str
+    cpus: int
 
 
 @dataclass(frozen=True)
@@ -171,13 +179,24 @@ class Journal:
             record.strategy,
             record.started,
             record.birth,
+            record.unit,
+            record.minimum,
+            record.prices,
         )
         with self._transaction() as db:
-            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?)", row)
+            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, ?, ?)", row)
 
     def end_run(self, run: str, now: float) -> None:
         with self._transaction() as db:
             db.execute("UPDATE runs SET ended = ? WHERE run = ? AND ended IS NULL", (now, run))
+
+    def note_paid(self, run: str, paid: Mapping[str, float]) -> None:
+        """What VMs have really cost (USD, by name), where that differs from price times time."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE vms SET paid = ? WHERE run = ? AND name = ?",
+                [(usd, run, name) for name, usd in paid.items()],
+            )
 
     def write(
         self,
@@ -193,7 +212,7 @@ class Journal:
                 "INSERT INTO events VALUES (?, ?, ?, ?)", [(run, *event) for event in events]
             )
             db.executemany(
-                f"INSERT OR REPLACE INTO vms VALUES (?{', ?' * 18})",
+                f"INSERT OR REPLACE INTO vms VALUES (?{', ?' * 20})",
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
@@ -271,7 +290,7 @@ class Journal:
         """The run's VMs in the order of their request."""
         columns = (
             "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason, leader, "
-            "market, price, zone, meter, meter_end"
+            "market, price, zone, meter, meter_end, list_price, paid"
         )
         with self._transaction() as db:
             rows = db.execute(
@@ -282,7 +301,9 @@ class Journal:
 
     def tasks(self, run: str) -> list[TaskRecord]:
         """The run's tasks in the order in which Snakemake handed them over."""
-        columns = "key, jobid, rule, name, state, planned, received, started, ended, vm, reason"
+        columns = (
+            "key, jobid, rule, name, state, planned, received, started, ended, vm, reason, cpus"
+        )
         with self._transaction() as db:
             rows = db.execute(
                 f"SELECT {columns} FROM tasks WHERE run = ? ORDER BY received, length(key), key",
@@ -342,7 +363,7 @@ def _number(name: str) -> int:
 
 def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
     name, strategy, kind, token, state, instance_id, requested, ready, *rest = row
-    ended, reason, leader, market, price, batch, zone, meter, meter_end, leaves_by = rest
+    ended, reason, leader, market, price, batch, zone, meter, meter_end, leaves_by, listed = rest
     return VM(
         name,
         strategy,
@@ -356,6 +377,7 @@ def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
         meter=meter,
         meter_end=meter_end,
         leaves_by=leaves_by,
+        list_price=listed,
         state=VMState(state),
         instance_id=instance_id,
         ready=ready,
@@ -419,6 +441,8 @@ def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
         vm.meter,
         vm.meter_end,
         vm.leaves_by,
+        vm.list_price,
+        None,
     )
 
 

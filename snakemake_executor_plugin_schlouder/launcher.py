@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .model import VM, Billing, VMState
+from .model import ON_DEMAND, VM, Billing, VMState
 from .offers import Offers
 from .provision import (
     CloudUnavailable,
@@ -150,6 +150,7 @@ class Launcher:
         for vm in vms:
             vm.zone, vm.batch = zone, names
             vm.price = self._offers.price(vm.type, vm.market, zone)
+            vm.list_price = self._offers.price(vm.type, ON_DEMAND)
             vm.token = self._token(vm)
         return vms
 

@@ -295,14 +295,14 @@ class VM:
     """One rented machine, which is one Slurm node; `name` is the node's name.
 
     `requested` is when it was asked for, `meter` and `meter_end` when the provider's meter started and
-    stopped (if it has said so), `price` what it was to cost when it was asked for (USD an hour, None where
-    nobody knows), `token`, `batch` and `zone` those of its launch (`LaunchRequest`), `leaves_by` when the
-    provider takes a spot machine back, `boot_planned` the predicted seconds from request to ready, `beside`
-    how many others booted then. `queue` holds what is planned for it, `active` what Slurm was given (by
-    task key). `free_at` is the date at which all of it should be done, `unstarted` the seconds of it that
-    have not begun. `ending` is set once the cloud itself says that the machine is on its way out, from when
-    it costs nothing more; `node_deleted` once Slurm has no record of it any more. `is_adopted`: another
-    process asked for it, and was killed.
+    stopped (if it has said so), `price` what it was to cost when it was asked for, `list_price` what the
+    type costs on demand (USD an hour, None where nobody knows), `token`, `batch` and `zone` those of its
+    launch (`LaunchRequest`), `leaves_by` when the provider takes a spot machine back, `boot_planned` the
+    predicted seconds from request to ready, `beside` how many others booted then. `queue` holds what is
+    planned for it, `active` what Slurm was given (by task key). `free_at` is the date at which all of it
+    should be done, `unstarted` the seconds of it that have not begun. `ending` is set once the cloud itself
+    says that the machine is on its way out, from when it costs nothing more; `node_deleted` once Slurm has
+    no record of it any more. `is_adopted`: another process asked for it, and was killed.
 
     A task may run on `nodes` machines together: on a leader, whose tasks they are, and on its companions,
     which have the leader's name as `leader` and nothing of their own in `queue` and `active`.
@@ -339,6 +339,7 @@ class VM:
     leader: str | None = None
     meter_end: float | None = None
     leaves_by: float | None = None
+    list_price: float | None = None
 
     def __post_init__(self) -> None:
         self.free_at = self.requested + self.boot_planned

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .costs import IDLE, Account, Bill, account
 from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
-from .model import SchlouderError, TaskState, VMState
+from .model import SPOT, Billing, SchlouderError, TaskState, VMState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,8 +109,11 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     vms, tasks = journal.vms(run), journal.tasks(run)
     record = next(record for record in journal.runs() if record.run == run)
     parts: list[RenderableType] = [Text(_run_line(record, vms, tasks))]
+    billing = Billing(record.unit, record.minimum)
+    spent = account(vms, tasks, billing, record.ended or time.time())
+    bills = {bill.name: bill for bill in spent.bills}
     for vm in vms:
-        parts.append(Text(f"\n{_vm_line(vm)}", style="bold"))
+        parts.append(Text(f"\n{_vm_line(vm, bills.get(vm.name))}", style="bold"))
         home = vm.leader or vm.name
         ran = [task for task in tasks if task.vm == home and not _never_started(task)]
         parts.append(_task_table(ran))
@@ -117,6 +121,9 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     if homeless:
         parts.append(Text("\nNot on any VM"))
         parts.append(_task_table(homeless))
+    parts.append(Text(f"\n{_cost_line(spent, record)}", style="bold"))
+    if spent.usd:
+        parts.append(_rule_table(spent))
     return Group(*parts)
 
 
@@ -145,13 +152,51 @@ def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> s
     )
 
 
-def _vm_line(vm: VMRecord) -> str:
+def _cost_line(spent: Account, run: RunRecord) -> str:
+    """The account: units, price, idle share, what spot machines have saved. Compute only."""
+    many = "" if spent.units == 1 else "s"
+    text = f"Cost: {spent.units} unit{many} of {run.unit:g} s"
+    if spent.usd is not None:
+        text += f", {_usd(spent.usd)} (prices: {run.prices or 'unknown'})"
+    elif spent.bills:
+        text += ", at unknown prices"
+    if spent.bills:
+        text += f"; nothing ran in {spent.idle:.0%} of the VMs' time"
+    if spent.saving:
+        normal = (spent.usd or 0.0) + spent.saving
+        text += f"; spot machines saved {_usd(spent.saving)} ({spent.saving / normal:.0%})"
+    return f"{text}. Storage, addresses and transfer are not in it."
+
+
+def _rule_table(spent: Account) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for heading in ("Rule", "Cost", "Share"):
+        table.add_column(heading, justify="left" if heading == "Rule" else "right")
+    for rule, usd in sorted(spent.rules.items(), key=lambda item: (item[0] == IDLE, -item[1])):
+        table.add_row(rule, _usd(usd), f"{usd / spent.usd:.0%}" if spent.usd else NOTHING)
+    return table
+
+
+def _usd(amount: float) -> str:
+    """Cents where there are many, else as many digits as tell something."""
+    return f"{amount:.2f} USD" if abs(amount) >= 10 else f"{amount:.4f} USD"
+
+
+def _vm_line(vm: VMRecord, bill: Bill | None) -> str:
     boot = "never joined" if vm.ready is None else f"+ {vm.ready - vm.requested:.0f} seconds"
     reason = f"  {vm.reason}" if vm.reason else ""
     state = "terminated" if vm.state == VMState.GONE else vm.state
     header = f"{vm.instance_id or 'not started'} - {vm.name} ({_clock(vm.requested)}) {boot}"
     gang = f", companion of {vm.leader}" if vm.leader else ""
-    return f"{header}  [{vm.instance_type}, {state}{gang}]{reason}"
+    where = f" in {vm.zone}" if vm.zone else ""
+    market = " spot" if vm.market == SPOT else ""
+    cost = ""
+    if bill is not None:
+        cost = f", {bill.units} unit{'' if bill.units == 1 else 's'}"
+        cost += f" = {_usd(bill.usd)}" if bill.usd is not None else ""
+    return f"{header}  [{vm.instance_type}{market}{where}, {state}{gang}{cost}]{reason}"
 
 
 def _task_table(tasks: list[TaskRecord]) -> RenderableType:
