@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.processes import Processes, Usage
+from snakemake_executor_plugin_schlouder import catalog
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, Options
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND
 from snakemake_executor_plugin_schlouder.provision import (
@@ -83,7 +84,7 @@ def start_peer_nodes() -> None:
     settings = Ec2Settings("us-east-1", image, subnet, instance_profile=profile)
     join = Join(info.controller, info.munge_socket, "/schlouder/munge-key")
     cloud = connect(settings, join, "bench")
-    (kind,) = cloud.instance_types([INSTANCE_TYPE])
+    (kind,) = catalog.connect(cloud.client, "", print).named([INSTANCE_TYPE])
     requests = [
         LaunchRequest(
             "peers", node, client_token("peers", [node], kind.name, ON_DEMAND, "", 1), kind

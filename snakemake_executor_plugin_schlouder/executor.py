@@ -30,7 +30,9 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.utils import encode_target_jobs_cli_args
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
+from . import catalog
 from .broker import RECLAIMS, Broker, BrokerConfig
+from .catalog import Catalog
 from .dag import Dag, dependencies, members_of
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
@@ -234,10 +236,11 @@ class Executor(RemoteExecutor):
         cluster = choose(config.slurm_api, commands, info, self.logger)
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
         cloud = connect(_ec2_settings(config), join, _owner())
-        types = cloud.instance_types(config.instance_types)
+        offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
+        types = offered.types(config.instance_types, offered.image_architecture(config.image))
         _check_sizes(asked, types)
         self._journal = self._open_journal()
-        left = self._take_over(self._journal, cloud)
+        left = self._take_over(self._journal, cloud, offered)
         broker_config = BrokerConfig(
             run=self._run,
             workdir=self._workdir,
@@ -315,14 +318,14 @@ class Executor(RemoteExecutor):
         self._tell_set_aside("journal", path, journal.set_aside)
         return journal
 
-    def _take_over(self, journal: Journal, cloud: Ec2Cloud) -> Remains | None:
+    def _take_over(self, journal: Journal, cloud: Ec2Cloud, offered: Catalog) -> Remains | None:
         """Goes on with the run of this directory that was killed and has left something, or else begins a
         new one."""
         for killed in journal.killed_runs(socket.gethostname()):
             same_cloud = (killed.region, killed.endpoint) == (cloud.region, cloud.endpoint)
             if same_cloud and journal.take_over(killed, os.getpid()):
                 names = sorted({vm.instance_type for vm in journal.vms(killed.run)})
-                types = {kind.name: kind for kind in cloud.instance_types(names)}
+                types = {kind.name: kind for kind in offered.named(names)}
                 left = journal.remains(killed.run, types)
                 self._tell_taken_over(killed.run, left)
                 self._run, self._task_count = killed.run, left.task_count

@@ -65,13 +65,14 @@ TASK_ENDED = frozenset({TaskState.COMPLETE, TaskState.FAILED, TaskState.CANCELLE
 @dataclass(frozen=True)
 class InstanceType:
     """What one machine of a type offers; `memory` (MiB) is what EC2 states, not what Slurm may promise,
-    `gpu_model` EC2's name of the model in lower case."""
+    `gpu_model` EC2's name of the model in lower case, `arch` (x86_64 or arm64) what its image is made for."""
 
     name: str
     cpus: int
     memory: int
     gpus: int = 0
     gpu_model: str = ""
+    arch: str = "x86_64"
 
     @functools.cached_property
     def node_memory(self) -> int:

@@ -30,6 +30,9 @@ from .pool import Announcement, Backlog, Future, Goal, Pool
 from .pooled_strategies import Pooled
 from .prediction import BootPredictor, Walltimes
 
+_SIZES_SHOWN = 6
+"""Most types whose sizes a message tells."""
+
 
 @dataclass
 class Plan:
@@ -516,14 +519,31 @@ def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
         wanted += f" on each of {need.nodes} VMs"
     if need.constraint:
         wanted += f", with the features {need.constraint}"
-    offers = ", ".join(
-        f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB{_gpus(kind.gpus, kind.gpu_model)})"
-        for kind in types
-    )
     return (
-        f"{what} needs {wanted}; the allowed instance types offer {offers}. "
-        "Lower what it asks for, or allow a larger type with --schlouder-instance-types"
+        f"{what} needs {wanted}; the allowed instance types offer {_sizes(types)}. "
+        f"{_advice(need, types)} with --schlouder-instance-types"
     )
+
+
+def _advice(need: Need, types: Sequence[InstanceType]) -> str:
+    if need.gpus and not any(kind.gpus for kind in types):
+        return "None of them has a GPU: allow a type that has"
+    if need.gpu_model and not any(kind.gpu_model == need.gpu_model for kind in types):
+        return f"None of them has a GPU {need.gpu_model}: allow a type that has"
+    return "Lower what it asks for, or allow a larger type"
+
+
+def _sizes(types: Sequence[InstanceType]) -> str:
+    """Of many types the largest ones."""
+    shown = list(types)
+    if len(types) > _SIZES_SHOWN:
+        shown.sort(key=lambda kind: (kind.gpus, kind.cpus, kind.memory), reverse=True)
+    sizes = [
+        f"{kind.name} ({kind.cpus} cpus, {kind.node_memory} MiB{_gpus(kind.gpus, kind.gpu_model)})"
+        for kind in shown[:_SIZES_SHOWN]
+    ]
+    smaller = len(types) - len(sizes)
+    return ", ".join(sizes) + (f" and {smaller} smaller ones" if smaller else "")
 
 
 def _gpus(count: int, model: str) -> str:

@@ -6,7 +6,6 @@ Source of the rules by number (R2, R3 ...): the failures of other elastic cluste
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,25 +210,9 @@ class Ec2Cloud:
     def endpoint(self) -> str:
         return self._ec2.meta.endpoint_url
 
-    def instance_types(self, names: Sequence[str]) -> list[InstanceType]:
-        """What EC2 says of these types, in the order given; SchlouderError names one it does not know."""
-        pages = self._ec2.get_paginator("describe_instance_types")
-        replies = _asked(
-            "--schlouder-instance-types",
-            ", ".join(names),
-            lambda: [
-                described
-                for page in pages.paginate(InstanceTypes=list(names))  # type: ignore[arg-type]
-                for described in page["InstanceTypes"]
-            ],
-        )
-        found = {reply["InstanceType"]: _instance_type(reply) for reply in replies}
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise SchlouderError(
-                f"--schlouder-instance-types: EC2 knows no type {', '.join(missing)}"
-            )
-        return [found[name] for name in names]
+    @property
+    def client(self) -> EC2Client:
+        return self._ec2
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         with ThreadPoolExecutor(_LAUNCHES_AT_ONCE) as pool:
@@ -315,12 +298,12 @@ def connect(settings: Ec2Settings, join: Join, owner: str) -> Ec2Cloud:
     """An Ec2Cloud that can be expected to work; SchlouderError names the setting that is wrong."""
     from botocore.config import Config
 
-    session = _session(settings.region)
+    session = aws_session(settings.region)
     patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
     single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
-    ec2, launcher = _client(session, "ec2", patient), _client(session, "ec2", single)
+    ec2, launcher = aws_client(session, "ec2", patient), aws_client(session, "ec2", single)
     _check_settings(ec2, settings)
-    endpoint = _client(session, "ssm", patient).meta.endpoint_url
+    endpoint = aws_client(session, "ssm", patient).meta.endpoint_url
 
     def script(node: str, instance_type: InstanceType) -> str:
         return user_data(join, session.region_name, endpoint, node, instance_type)
@@ -328,7 +311,7 @@ def connect(settings: Ec2Settings, join: Join, owner: str) -> Ec2Cloud:
     return Ec2Cloud(ec2, launcher, settings, owner, script)
 
 
-def _session(region: str) -> boto3.Session:
+def aws_session(region: str) -> boto3.Session:
     """A session with a region and credentials; SchlouderError says which is missing or wrong."""
     import boto3
     from botocore.exceptions import BotoCoreError
@@ -351,7 +334,7 @@ def _session(region: str) -> boto3.Session:
     return session
 
 
-def _client(session: boto3.Session, service: str, config: Config) -> Any:
+def aws_client(session: boto3.Session, service: str, config: Config) -> Any:
     from botocore.exceptions import BotoCoreError, InvalidRegionError
 
     try:
@@ -460,18 +443,6 @@ def _instance(described: Mapping[str, Any]) -> Instance:
         described["InstanceType"],
         described.get("StateReason", {}).get("Message", ""),
         described["LaunchTime"].timestamp(),
-    )
-
-
-def _instance_type(described: Mapping[str, Any]) -> InstanceType:
-    """A type has GPUs of one model."""
-    gpus = described.get("GpuInfo", {}).get("Gpus", [])
-    return InstanceType(
-        described["InstanceType"],
-        described["VCpuInfo"]["DefaultVCpus"],
-        described["MemoryInfo"]["SizeInMiB"],
-        sum(gpu["Count"] for gpu in gpus),
-        re.sub(r"\W+", "_", gpus[0]["Name"]).lower() if gpus else "",
     )
 
 

@@ -131,9 +131,27 @@ class ExecutorSettings(ExecutorSettingsBase):
     instance_types: Optional[str] = field(
         default="m5.large",
         metadata=_setting(
-            "EC2 instance types that may be used, separated by commas, the preferred (cheapest) first; "
-            "a job gets the first one that fits.",
+            "EC2 instance types that may be used, separated by commas: names (m5.large), families (c7i) and "
+            "patterns (c7i.*large); *.large, which names no family, leaves out burstable, bare-metal and "
+            "previous-generation types. A job gets the cheapest that fits; where prices are unknown, the "
+            "first.",
             metavar="TYPE[,TYPE...]",
+        ),
+    )
+    prices: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Your own prices: a CSV file with the columns instance_type, usd_per_hour and, where they "
+            "matter, market (on-demand or spot), zone, region. Default: AWS's Price List API.",
+            metavar="FILE",
+        ),
+    )
+    type_table: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "For clouds that do not describe their instance types: a CSV file with the columns "
+            "instance_type, vcpus, memory_mib and, where they matter, arch, gpus, gpu_model, usd_per_hour.",
+            metavar="FILE",
         ),
     )
     image: Optional[str] = field(
@@ -221,6 +239,8 @@ class Config:
     spot: str
     billing: Billing
     instance_types: tuple[str, ...]
+    prices: str
+    type_table: str
     image: str
     subnet: str
     security_groups: tuple[str, ...]
@@ -274,6 +294,8 @@ def validated(settings: ExecutorSettings) -> Config:
             settings.boot_overhead or 0,
         ),
         instance_types=_words(settings.instance_types),
+        prices=settings.prices or "",
+        type_table=settings.type_table or "",
         image=settings.image or "",
         subnet=settings.subnet or "",
         security_groups=_words(settings.security_groups),
@@ -434,6 +456,9 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
             f"--schlouder-munge-key-parameter: {settings.munge_key_parameter!r} is no SSM parameter name "
             "(letters, digits and _ . - /)"
         )
+    for name, path in (("prices", settings.prices), ("type-table", settings.type_table)):
+        if path and not Path(path).is_file():
+            problems.append(f"--schlouder-{name}: there is no file {path!r}")
     if settings.record and not Path(settings.record).absolute().parent.is_dir():
         problems.append(f"--schlouder-record: {settings.record!r} is in no directory that exists")
     return problems

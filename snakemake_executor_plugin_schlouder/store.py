@@ -19,6 +19,12 @@ def state_directory() -> Path:
     return Path(state_home or Path.home() / ".local" / "state") / "schlouder"
 
 
+def cache_directory() -> Path:
+    """Where what can be asked for again is kept for some days."""
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    return Path(cache_home or Path.home() / ".cache") / "schlouder"
+
+
 def no_place_for(what: str, path: Path | str, error: Exception) -> SchlouderError:
     """The message for a store that cannot be had at all."""
     return SchlouderError(

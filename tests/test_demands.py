@@ -249,3 +249,19 @@ def test_a_feature_that_no_vm_has_is_named_with_those_there_are() -> None:
         "rule r: constraint: 'm5.large&avx|sse' names avx, sse, which no VM has as a feature; "
         "allowed are schlouder, m5.large, g4dn.xlarge"
     )
+
+
+def test_a_gpu_rule_where_no_type_with_gpus_is_allowed_is_told_so() -> None:
+    assert too_big("rule r", need(gpu=1, mem_mb=500), [SMALL]) == (
+        "rule r needs 2 cpus and 500 MiB, 1 GPU; the allowed instance types offer m5.large (2 cpus, "
+        "7372 MiB). None of them has a GPU: allow a type that has with --schlouder-instance-types"
+    )
+    assert "None of them has a GPU v100:" in too_big("r", need(gpu=1, gpu_model="v100"), [T4])
+    assert "Lower what it asks for" in too_big("r", need(gpu=2), [T4])
+
+
+def test_of_very_many_types_the_largest_are_told() -> None:
+    types = [InstanceType(f"t{cpus}", cpus, 1024) for cpus in range(1, 101)]
+    message = too_big("rule r", need(mem_mb=5000), [*types, T4])
+    assert "offer g4dn.xlarge (4 cpus, 15082 MiB, 1 GPU t4), t100 (100 cpus" in message
+    assert "t96 (96 cpus, 921 MiB) and 95 smaller ones. Lower" in message

@@ -76,6 +76,7 @@ class TestSnakemakesOwnSuite(snakemake.common.tests.TestWorkflowsLocalStorageBas
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
 
     def get_executor(self) -> str:

@@ -180,19 +180,6 @@ def test_terminating_nothing_asks_nothing(ec2: Ec2Cloud) -> None:
 
 
 @pytest.mark.integration
-def test_types_are_described_in_the_order_given(ec2: Ec2Cloud) -> None:
-    found = ec2.instance_types(["m5.4xlarge", "t3.micro"])
-    assert found == [InstanceType("m5.4xlarge", 16, 65536), InstanceType("t3.micro", 2, 1024)]
-
-
-@pytest.mark.integration
-def test_gpus_of_a_type_are_described(ec2: Ec2Cloud) -> None:
-    one, four = ec2.instance_types(["g4dn.xlarge", "g5.12xlarge"])
-    assert (one.gpus, one.gpu_model) == (1, "t4")
-    assert (four.gpus, four.gpu_model) == (4, "a10g")
-
-
-@pytest.mark.integration
 def test_an_unreachable_endpoint_is_no_empty_answer(
     settings: Ec2Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

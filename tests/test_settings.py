@@ -85,6 +85,8 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
         ({"boot_timeout": 0.0}, "--schlouder-boot-timeout: 0.0"),
         ({"image": None}, "--schlouder-image: not given"),
         ({"instance_types": ""}, "--schlouder-instance-types: not given"),
+        ({"prices": "no.csv"}, "--schlouder-prices: there is no file 'no.csv'"),
+        ({"type_table": "/tmp"}, "--schlouder-type-table: there is no file '/tmp'"),
         ({"partition": "a b"}, "--schlouder-partition: 'a b'"),
         ({"munge_key_parameter": 'x"y'}, "--schlouder-munge-key-parameter:"),
     ],

@@ -31,8 +31,8 @@ class Site:
 
     @classmethod
     def make(cls, cloud: LocalCloud, directory: Path, snakefile: str = "") -> Site:
-        state = {"XDG_STATE_HOME": str(directory / "state")}
-        made = cls(cloud, directory, {**os.environ, **cloud.environment(), **state})
+        kept = {f"XDG_{kind.upper()}_HOME": str(directory / kind) for kind in ("state", "cache")}
+        made = cls(cloud, directory, {**os.environ, **cloud.environment(), **kept})
         made.write(snakefile)
         return made
 
