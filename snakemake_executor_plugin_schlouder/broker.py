@@ -24,6 +24,7 @@ from .journal import Remains
 from .machines import Machines
 from .model import (
     BOOTING,
+    ON_DEMAND,
     TASK_ENDED,
     VM,
     Billing,
@@ -1006,7 +1007,7 @@ class Broker:
     def _new_vm(self, strategy: str, kind: InstanceType, boot_time: float) -> VM:
         self._vm_count += 1
         name = f"schlouder-{self._config.run}-{self._vm_count}"
-        token = client_token(self._config.run, name, kind.name, 1)
+        token = client_token(self._config.run, (name,), kind.name, ON_DEMAND, "", 1)
         return VM(name, strategy, kind, token, self._now, boot_time)
 
     # -- act
@@ -1052,7 +1053,9 @@ class Broker:
         is replaced."""
         vm.launch_attempt += 1
         if isinstance(outcome, TokenSpent):
-            vm.token = client_token(self._config.run, vm.name, vm.type.name, vm.launch_attempt)
+            vm.token = client_token(
+                self._config.run, (vm.name,), vm.type.name, ON_DEMAND, "", vm.launch_attempt
+            )
         self._move(vm, VMState.PLANNED)
         vm.retry_at = self._now + min(_LAUNCH_BACKOFF, 2.0**vm.launch_attempt)
         self._tell(f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING)

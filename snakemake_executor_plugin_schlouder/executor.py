@@ -32,6 +32,7 @@ from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterf
 
 from .broker import Broker, BrokerConfig
 from .dag import Dag, dependencies, members_of
+from .ec2_account import Ec2Settings
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
@@ -39,7 +40,7 @@ from .model import VM, InstanceType, SchlouderError, Task, TaskState, VMState
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Cloud, Ec2Cloud, Ec2Settings, Join, connect
+from .provision import Cloud, Ec2Cloud, Join, connect
 from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
@@ -232,7 +233,7 @@ class Executor(RemoteExecutor):
         info = commands.check()
         cluster = choose(config.slurm_api, commands, info, self.logger)
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
-        cloud = connect(_ec2_settings(config), join, _owner())
+        cloud = connect(_ec2_settings(config), join, _owner(), self.logger.warning)
         types = cloud.instance_types(config.instance_types)
         _check_sizes(asked, types)
         self._journal = self._open_journal()
@@ -642,10 +643,15 @@ def _ec2_settings(config: Config) -> Ec2Settings:
     return Ec2Settings(
         region=config.region,
         image=config.image,
-        subnet=config.subnet,
+        subnets=config.subnets,
         security_groups=config.security_groups,
         key_name=config.key_name,
         instance_profile=config.instance_profile,
+        launch_template=config.launch_template,
+        volume_size=config.volume_size,
+        volume_encrypted=config.volume_encrypted,
+        tags=config.tags,
+        types=config.instance_types,
     )
 
 

@@ -30,6 +30,9 @@ from .provision import (
     LaunchOutcome,
     LaunchRefused,
     LaunchRequest,
+    NoCapacity,
+    QuotaReached,
+    Throttled,
     TokenSpent,
 )
 from .slurm import (
@@ -101,7 +104,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
         *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, SlurmOptions),
         *(Task,),
         *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
-        *(CloudUnavailable, LaunchRefused, TokenSpent, ClusterUnavailable, SubmissionRefused),
+        *(CloudUnavailable, Throttled, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
+        *(ClusterUnavailable, SubmissionRefused),
         *(JobPhase, TaskState, OSError),
         *(sqlite3.Error, Path, dict),
     )
