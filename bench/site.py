@@ -16,10 +16,10 @@ from pathlib import Path
 
 from bench.processes import Processes, Usage
 from snakemake_executor_plugin_schlouder import catalog
+from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, Options
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND
 from snakemake_executor_plugin_schlouder.provision import (
-    Ec2Settings,
     Instance,
     Join,
     LaunchRequest,
@@ -79,9 +79,9 @@ def start_peer_nodes() -> None:
     """Starts the nodes the peers run on, and waits until Slurm has them."""
     slurm = SlurmCommands(PARTITION)
     info = slurm.check()
-    names = ("IMAGE", "SUBNET", "INSTANCE_PROFILE")
+    names = ("IMAGE", "SUBNETS", "INSTANCE_PROFILE")
     image, subnet, profile = (os.environ[f"SNAKEMAKE_SCHLOUDER_{name}"] for name in names)
-    settings = Ec2Settings("us-east-1", image, subnet, instance_profile=profile)
+    settings = Ec2Settings("us-east-1", image, (subnet,), instance_profile=profile)
     join = Join(info.controller, info.munge_socket, "/schlouder/munge-key")
     cloud = connect(settings, join, "bench")
     (kind,) = catalog.connect(cloud.client, "", print).named([INSTANCE_TYPE])

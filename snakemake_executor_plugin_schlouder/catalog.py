@@ -9,15 +9,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .answers import DAY, KEPT, Answers
 from .asking import Failed, answered, batches, filters, is_aws
+from .ec2_account import make_client, make_session
 from .listing import Listed, filter_values, is_pattern, is_wanted, size, suits
 from .model import InstanceType, SchlouderError, is_named
-from .provision import aws_client, aws_session
 from .store import cache_directory
 from .tables import PRICE_COLUMNS, TYPE_COLUMNS, Prices, Table, prices_of, types_of
 from .tariff import ON_DEMAND, SPOT, SpotHistory, Tariff, listed_price
@@ -53,9 +54,20 @@ def connect(ec2: EC2Client, type_table: str, warn: Callable[[str], None]) -> Cat
 
     def pricing(region: str) -> Any:
         config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
-        return aws_client(aws_session(region), "pricing", config)
+        return make_client(make_session(region), "pricing", config)
 
     return Catalog(ec2, pricing, cache_directory(), time.time, warn, type_table)
+
+
+@dataclass(frozen=True)
+class Market:
+    """`types` in the user's order, of which the `reserved` ones are only for rules that name them; what they
+    cost; and the `zones` in which each can be had, by its name."""
+
+    types: tuple[InstanceType, ...]
+    reserved: tuple[str, ...]
+    tariff: Tariff
+    zones: Mapping[str, Sequence[str]]
 
 
 class Catalog:
@@ -81,6 +93,32 @@ class Catalog:
         self._answers = Answers(cache, self._region, self._endpoint, clock)
         self._table = _table(_TYPE_TABLE, type_table, TYPE_COLUMNS) if type_table else None
         self._own_types = types_of(self._table) if self._table else None
+
+    def market(
+        self,
+        words: Sequence[str],
+        words_of_rules: Sequence[str],
+        arch: str,
+        zones: Sequence[str],
+        prices_file: str,
+        markets: Sequence[str],
+    ) -> Market:
+        """What a run may rent: the types that `words` stand for, and those that only rules name."""
+        general = self.types(words, arch)
+        names = {kind.name for kind in general}
+        further = self.types(words_of_rules, arch) if words_of_rules else []
+        reserved = [kind for kind in further if kind.name not in names]
+        types = [*general, *reserved]
+        offered = self.offerings(types, zones)
+        return Market(
+            tuple(types),
+            tuple(kind.name for kind in reserved),
+            self.tariff(types, zones, prices_file, markets),
+            {
+                kind.name: tuple(zone for zone in zones or ("",) if (kind.name, zone) in offered)
+                for kind in types
+            },
+        )
 
     # -- types
 
@@ -135,18 +173,6 @@ class Catalog:
             self._warn(f"{failure}; every type counts as offered in every zone.")
             return everywhere
         return found if found or self._is_aws else everywhere
-
-    def image_architecture(self, image: str) -> str:
-        """x86_64 or arm64, "" where the cloud does not say."""
-
-        def ask() -> list[str]:
-            images = self._ec2.describe_images(ImageIds=[image])["Images"]
-            return [described.get("Architecture", "") for described in images]
-
-        try:
-            return next(iter(answered("ec2:DescribeImages", ask)), "")
-        except Failed:
-            return ""
 
     # -- prices
 

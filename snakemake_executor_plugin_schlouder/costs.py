@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from .journal import TaskRecord, VMRecord
 from .model import SPOT, Billing
+from .tariff import SpotHistory
 
 _FREE_WHEN_TAKEN = 3600.0
 """Seconds within which EC2 charges nothing for a spot machine that it takes back itself (EC2 user guide,
@@ -101,6 +102,24 @@ def bill_of(vm: VMRecord, used: Sequence[TaskRecord], billing: Billing, now: flo
         usd = vm.paid
     normal = vm.list_price * billed / 3600 if vm.list_price is not None else None
     return Bill(vm.name, seconds, billed, units, idle, usd, usd if vm.market != SPOT else normal)
+
+
+def spot_bills(
+    vms: Iterable[VMRecord], history: SpotHistory, billing: Billing, now: float
+) -> dict[str, float]:
+    """USD that spot machines have cost by the prices of their time, by name, as far as these are known. What
+    the minimum charge or a started unit adds costs what the last second did."""
+    found = {}
+    for vm in vms:
+        bill = bill_of(vm, (), billing, now)
+        begun = vm.requested if vm.meter is None else vm.meter
+        paid = history.paid(vm.instance_type, vm.zone, begun, begun + bill.seconds)
+        last = history.paid(
+            vm.instance_type, vm.zone, begun + bill.seconds, begun + bill.seconds + 1
+        )
+        if paid is not None and last is not None:
+            found[vm.name] = paid + last * (bill.billed - bill.seconds) if bill.units else 0.0
+    return found
 
 
 def _busy(used: Iterable[TaskRecord], begun: float, ended: float) -> float:

@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import copy
 import getpass
+import math
 import os
 import re
 import signal
@@ -32,17 +33,30 @@ from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterf
 
 from . import catalog
 from .broker import RECLAIMS, Broker, BrokerConfig
-from .catalog import Catalog
+from .catalog import Catalog, Market
+from .costs import spot_bills
 from .dag import Dag, dependencies, members_of
+from .ec2_account import Ec2Settings
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
 from .launcher import Limits
-from .model import VM, InstanceType, SchlouderError, Task, TaskState, VMState
+from .model import (
+    NEVER,
+    ON_DEMAND,
+    SPOT,
+    VM,
+    InstanceType,
+    SchlouderError,
+    Task,
+    TaskState,
+    VMState,
+)
+from .offers import Offers
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Cloud, Ec2Cloud, Ec2Settings, Join, connect
+from .provision import Cloud, Ec2Cloud, Join, connect
 from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
@@ -50,6 +64,7 @@ from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
 from .slurm.cli import SlurmCommands
 from .slurm.rpc import choose
+from .tariff import Tariff
 
 if TYPE_CHECKING:
     from .recording import PlannedJob
@@ -89,6 +104,7 @@ class Executor(RemoteExecutor):
         self._task_count = 0
         self._ignored: set[str] = set()
         self._run = uuid.uuid4().hex[:8]
+        self._offered: Catalog | None = None
         super().__init__(workflow, logger)
 
     def __post_init__(self) -> None:
@@ -235,17 +251,20 @@ class Executor(RemoteExecutor):
         info = commands.check()
         cluster = choose(config.slurm_api, commands, info, self.logger)
         join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
-        cloud = connect(_ec2_settings(config), join, _owner())
+        cloud = connect(_ec2_settings(config), join, _owner(), self.logger.warning)
         offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
-        types = offered.types(config.instance_types, offered.image_architecture(config.image))
-        _check_sizes(asked, types)
+        market = self._market(asked, cloud, offered)
+        _check_sizes(asked, market)
         self._journal = self._open_journal()
-        left = self._take_over(self._journal, cloud, offered)
+        left = self._take_over(self._journal, cloud, offered, market.tariff)
         broker_config = BrokerConfig(
             run=self._run,
             workdir=self._workdir,
             partition=config.partition,
-            types=tuple(types),
+            types=market.types,
+            reserved=market.reserved,
+            tariff=market.tariff,
+            zones=market.zones,
             max_vms=config.max_vms,
             billing=config.billing,
             boot_timeout=config.boot_timeout,
@@ -271,6 +290,40 @@ class Executor(RemoteExecutor):
         atexit.register(self._give_back)
         self._handle_signals()
         self._warn_of_few_jobs(len(jobs))
+
+    def _market(
+        self, asked: Mapping[Any, RuleSettings], cloud: Ec2Cloud, offered: Catalog
+    ) -> Market:
+        """The types that the settings and the rules name, and what they cost on the markets in question."""
+        config = self._config
+        of_rules = dict.fromkeys(s.need.types for s in asked.values() if s.need.types)
+        spots = {config.spot, *(settings.spot for settings in asked.values())}
+        market = offered.market(
+            config.instance_types,
+            [word for words in of_rules for word in re.split(r"[,\s]+", words) if word],
+            cloud.architecture,
+            cloud.zones,
+            config.prices,
+            [ON_DEMAND] if spots == {NEVER} else [ON_DEMAND, SPOT],
+        )
+        self.logger.info(f"schlouder: prices: {market.tariff.source}.")
+        unpriced = [kind.name for kind in market.types if market.tariff.price(kind.name) is None]
+        if unpriced and config.max_spend < math.inf:
+            raise SchlouderError(
+                f"--schlouder-max-spend: {config.max_spend} cannot be kept, the price of "
+                f"{', '.join(unpriced)} is not known ({market.tariff.source}); give --schlouder-prices"
+            )
+        self._warn_of_spot(asked)
+        self._offered = offered
+        return market
+
+    def _warn_of_spot(self, asked: Mapping[Any, RuleSettings]) -> None:
+        """One machine for everything, that may be taken back at any time, is likely to be."""
+        if any(s.strategy == "one-vm-for-all" and s.spot != NEVER for s in asked.values()):
+            self.logger.warning(
+                "schlouder: one-vm-for-all with --schlouder-spot: when the one VM is taken back, all that "
+                "runs there is lost at once; never is the safer choice."
+            )
 
     def _preemptible_retries(self) -> int:
         """Spot machines that a job may lose before it goes on without: what Snakemake is told of retries."""
@@ -318,7 +371,9 @@ class Executor(RemoteExecutor):
         self._tell_set_aside("journal", path, journal.set_aside)
         return journal
 
-    def _take_over(self, journal: Journal, cloud: Ec2Cloud, offered: Catalog) -> Remains | None:
+    def _take_over(
+        self, journal: Journal, cloud: Ec2Cloud, offered: Catalog, tariff: Tariff
+    ) -> Remains | None:
         """Goes on with the run of this directory that was killed and has left something, or else begins a
         new one."""
         for killed in journal.killed_runs(socket.gethostname()):
@@ -341,6 +396,9 @@ class Executor(RemoteExecutor):
                 self._config.strategy,
                 time.time(),
                 birth=birth_of(os.getpid()),
+                unit=self._config.billing.unit,
+                minimum=self._config.billing.minimum,
+                prices=tariff.source,
             )
         )
         return None
@@ -652,12 +710,24 @@ class Executor(RemoteExecutor):
             self.logger.info(f"{self._dropped} jobs were not started, because the run is ending.")
             self._dropped = 0
 
+    def _note_spot_prices(self, journal: Journal) -> None:
+        """What the spot VMs have really cost: their price changes while they run."""
+        used = [vm for vm in journal.vms(self._run) if vm.market == SPOT and vm.meter is not None]
+        if not used or self._offered is None:
+            return
+        names = sorted({vm.instance_type for vm in used})
+        kinds = [InstanceType(name, 1, 1) for name in names]
+        zones = sorted({vm.zone for vm in used if vm.zone})
+        history = self._offered.spot_history(kinds, zones, min(vm.meter or 0.0 for vm in used))
+        journal.note_paid(self._run, spot_bills(used, history, self._config.billing, time.time()))
+
     def _report(self) -> None:
         if self._journal is None or self._reported:
             return
         from . import report
 
         self._reported = True
+        self._note_spot_prices(self._journal)
         self.logger.info(report.as_text(report.run_report(self._journal, self._run)))
 
 
@@ -665,19 +735,25 @@ def _ec2_settings(config: Config) -> Ec2Settings:
     return Ec2Settings(
         region=config.region,
         image=config.image,
-        subnet=config.subnet,
+        subnets=config.subnets,
         security_groups=config.security_groups,
         key_name=config.key_name,
         instance_profile=config.instance_profile,
+        launch_template=config.launch_template,
+        volume_size=config.volume_size,
+        volume_encrypted=config.volume_encrypted,
+        tags=config.tags,
+        types=config.instance_types,
     )
 
 
-def _check_sizes(asked: Mapping[Any, RuleSettings], types: list[InstanceType]) -> None:
+def _check_sizes(asked: Mapping[Any, RuleSettings], market: Market) -> None:
+    offers = Offers(market.types, reserved=market.reserved)
     needs = dict.fromkeys((job.name, settings.need) for job, settings in asked.items())
     problems = [
-        too_big(f"rule {rule}", need, types)
+        too_big(f"rule {rule}", need, market.types)
         for rule, need in needs
-        if not any(kind.fits(need) for kind in types)
+        if offers.fits_none(need)
     ]
     if problems:
         raise SchlouderError("\n".join(problems))

@@ -6,50 +6,66 @@ Source of the rules by number (R2, R3 ...): the failures of other elastic cluste
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .model import ON_DEMAND, InstanceType, SchlouderError
+from .ec2_account import (
+    PROBE_INSTANCE,
+    Abilities,
+    Ec2Settings,
+    Findings,
+    Place,
+    RightMissing,
+    asked,
+    dry_run,
+    make_client,
+    make_session,
+    survey,
+)
+from .ec2_errors import Ec2Error, Meaning, quota_text, rights_text
+from .model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 
 if TYPE_CHECKING:
-    import boto3
-    from botocore.config import Config
     from mypy_boto3_ec2 import EC2Client
 
 TAG_OWNER = "schlouder:owner"
 TAG_RUN = "schlouder:run"
 TAG_NODE = "schlouder:node"
+"""The nodes of the launch that the machine comes from, in the order of their launch index."""
 
 ALIVE = frozenset({"pending", "running", "stopping", "stopped"})
 """Instance states in which a machine costs money or may do so again."""
 
+MAX_BATCH = 10
+"""Most machines of one launch: the names of their nodes must fit into one tag."""
+
 _LAUNCHES_AT_ONCE = 8
 _TERMINATE_BATCH = 500
 _DESCRIBE_PAGE = 200
+_TAG_VALUE = 256
 
-_RETRIED = frozenset(
-    {
-        "RequestLimitExceeded",
-        "Throttling",
-        "ThrottlingException",
-        "InternalError",
-        "ServiceUnavailable",
-        "Unavailable",
-        "InsufficientInstanceCapacity",
-        "InsufficientHostCapacity",
-        "InsufficientFreeAddressesInSubnet",
-        "MaxSpotInstanceCountExceeded",
-    }
-)
-"""Error codes of RunInstances after which the same launch may work later."""
+_NEEDING = {"iam:PassRole": "IamInstanceProfile", "ec2:CreateTags": "TagSpecifications"}
+"""The parameters of RunInstances that need a right of their own."""
+
+_log = logging.getLogger(__name__)
+
+UserData = Callable[[Sequence[str], InstanceType, str], str]
+"""Makes the script of one launch from its nodes, in the order of their launch index, type and market."""
 
 
 class CloudUnavailable(Exception):
     """The cloud did not answer or asked to slow down. Says nothing about instances; ask again later."""
+
+
+class Throttled(CloudUnavailable):
+    """The cloud asks for fewer calls; it may well have machines."""
 
 
 class NoCapacity(Exception):
@@ -137,24 +153,22 @@ class Join:
     munge_key_parameter: str
 
 
-@dataclass(frozen=True)
-class Ec2Settings:
-    """Where and how to launch; empty strings and tuples mean EC2's own default."""
-
-    region: str
-    image: str
-    subnet: str = ""
-    security_groups: tuple[str, ...] = ()
-    key_name: str = ""
-    instance_profile: str = ""
-
-
 def client_token(
     run: str, batch: Sequence[str], type_name: str, market: str, zone: str, attempt: int
 ) -> str:
-    """Idempotency token of one launch: everything that changes the request changes the token (R2)."""
-    text = "\n".join((run, *batch, type_name, market, zone, str(attempt)))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Idempotency token of one launch: everything that changes the request changes the token (R2). It begins
+    with a mark of the run, by which machines are known that could not be tagged in the launch call."""
+    text = "\n".join((run, *batch, "", type_name, market, zone, str(attempt)))
+    return f"{_mark(run)}{_digest(text)}"
+
+
+def _mark(run: str) -> str:
+    """At most 24 characters of ASCII."""
+    return f"{run if len(run) < 24 and run.isascii() else _digest(run)[:23]}-"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 def node_configuration(instance_type: InstanceType) -> str:
@@ -183,6 +197,34 @@ def user_data(
     return "\n".join(["#!/bin/sh", *lines, body])
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """What one call of RunInstances depends on, and nothing else: asked again, it is the same call."""
+
+    run: str
+    nodes: tuple[str, ...]
+    token: str
+    type: InstanceType
+    market: str
+    zone: str
+
+    @classmethod
+    def of(cls, request: LaunchRequest) -> _Launch:
+        nodes = request.batch or (request.node,)
+        if request.node not in nodes or len(nodes) > MAX_BATCH or len(" ".join(nodes)) > _TAG_VALUE:
+            raise ValueError(f"{request.node} cannot be launched in the batch {nodes}")
+        return cls(request.run, nodes, request.token, request.type, request.market, request.zone)
+
+    def of_one(self, node: str) -> _Launch:
+        return replace(self, nodes=(node,), token=self._token_for(node))
+
+    def in_other_subnet(self, subnet: str) -> _Launch:
+        return replace(self, token=self._token_for(subnet))
+
+    def _token_for(self, difference: str) -> str:
+        return f"{_mark(self.run)}{_digest(f'{self.token} {difference}')}"
+
+
 class Ec2Cloud:
     """EC2 through boto3. Made by `connect`, which checks the account, the region and the settings."""
 
@@ -192,15 +234,22 @@ class Ec2Cloud:
         launcher: EC2Client,
         settings: Ec2Settings,
         owner: str,
-        user_data: Callable[[str, InstanceType], str],
+        user_data: UserData,
+        place: Place | None = None,
+        warn: Callable[[str], None] = _log.warning,
     ) -> None:
         """`launcher` must not retry by itself: capacity errors come as HTTP 500, which the SDK would
-        repeat until it is throttled."""
+        repeat until it is throttled. `warn` tells the user what this cloud lacks."""
         self._ec2 = ec2
         self._launcher = launcher
         self._settings = settings
         self._owner = owner
         self._user_data = user_data
+        self._place = place or Place()
+        self._warn = warn
+        self._abilities = Abilities()
+        self._full_subnets: dict[str, int] = {}
+        self._launches: dict[str, _Launch] = {}
 
     @property
     def region(self) -> str:
@@ -214,12 +263,36 @@ class Ec2Cloud:
     def client(self) -> EC2Client:
         return self._ec2
 
+    @property
+    def zones(self) -> tuple[str, ...]:
+        """The zones a launch may name; empty: unknown, and not to be named."""
+        return tuple(self._place.zones)
+
+    @property
+    def architecture(self) -> str:
+        """The image's, such as x86_64 or arm64; empty: unknown."""
+        return self._place.architecture
+
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        launches = [self._launch_of(request) for request in requests]
+        each = list(dict.fromkeys(launches))
         with ThreadPoolExecutor(_LAUNCHES_AT_ONCE) as pool:
-            return list(pool.map(self._launch_one, requests))
+            outcomes = dict(zip(each, pool.map(self._start, each), strict=True))
+        return [
+            outcomes[launch][request.node]
+            for launch, request in zip(launches, requests, strict=True)
+        ]
 
     def instances(self, run: str) -> list[Instance]:
-        return _instances(self._ec2, run)
+        if self._abilities.tags_on_launch:
+            found = self._describe(Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}])
+            return [_instance(described) for described in found]
+        return [
+            self._recognized(described, run)
+            for described in self._describe()
+            if _tags_of(described).get(TAG_RUN) == run
+            or described.get("ClientToken", "").startswith(_mark(run))
+        ]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
         for start in range(0, len(instance_ids), _TERMINATE_BATCH):
@@ -234,49 +307,239 @@ class Ec2Cloud:
             return ""
         return reply.get("Output", "")
 
-    def _launch_one(self, request: LaunchRequest) -> LaunchOutcome:
+    # -- before the first launch
+
+    def rehearse(self, findings: Findings) -> None:
+        """Asks, with calls that are not to be carried out, for the rights of a run, and learns what the cloud
+        does not know of EC2."""
+        first = dry_run(self._ec2.describe_instances)
+        if first is None or (first.code != "DryRunOperation" and first.meaning != Meaning.RIGHTS):
+            self._do_without(
+                "dry runs: rights are not checked beforehand",
+                Abilities(tags_on_launch=False, metadata_options=False),
+            )
+            return
+        for refusal in (
+            first,
+            dry_run(self._ec2.describe_instance_types),
+            dry_run(self._ec2.terminate_instances, InstanceIds=[PROBE_INSTANCE]),
+        ):
+            if refusal is not None and refusal.meaning == Meaning.RIGHTS:
+                findings.lacks(RightMissing(refusal))
+        type_name = self._some_type()
+        for market in self._settings.markets:
+            self._rehearse_launch(type_name, market, findings)
+
+    def _some_type(self) -> str:
+        """One that may be launched; empty: unknown."""
+        names = self._settings.types
+        plain = [name for name in names if not re.search(r"[*?]", name)]
+        if plain or not names:
+            return next(iter(plain), "")
+        filters: Any = [{"Name": "instance-type", "Values": list(names)}]
+        if self.architecture:
+            name = "processor-info.supported-architecture"
+            filters.append({"Name": name, "Values": [self.architecture]})
+        try:
+            found = asked(
+                "--schlouder-instance-types",
+                ", ".join(names),
+                lambda: self._ec2.describe_instance_types(Filters=filters)["InstanceTypes"],
+            )
+        except SchlouderError:
+            return ""
+        return str(found[0]["InstanceType"])
+
+    def _rehearse_launch(self, type_name: str, market: str, findings: Findings) -> None:
+        """A launch that lacks a right is tried again without what needs that right, to find the others."""
+        kind = InstanceType(type_name, 1, 1)
+        launch = _Launch("rehearsal", ("rehearsal",), "", kind, market, "")
+        left_out = {"ClientToken"} if type_name else {"ClientToken", "InstanceType"}
+        while True:
+            parameters = self._parameters(launch, next(iter(self._subnets(launch)), ""))
+            trial = {name: value for name, value in parameters.items() if name not in left_out}
+            refusal = dry_run(self._ec2.run_instances, **trial)
+            if refusal is None:
+                raise SchlouderError(
+                    f"AWS: the cloud at {self.endpoint} has started a machine in a call that was marked as a "
+                    f"dry run, and cannot be used; end the machine tagged {TAG_RUN}=rehearsal"
+                )
+            if refusal.meaning == Meaning.RIGHTS:
+                findings.lacks(RightMissing(refusal))
+                needing = _NEEDING.get(refusal.right, "")
+                if needing not in trial:
+                    return
+                left_out.add(needing)
+            elif refusal.meaning == Meaning.UNKNOWN and self._abilities.metadata_options:
+                self._do_without(
+                    "MetadataOptions", replace(self._abilities, metadata_options=False)
+                )
+            elif refusal.meaning == Meaning.UNKNOWN and self._abilities.tags_on_launch:
+                self._do_without(
+                    "TagSpecifications", replace(self._abilities, tags_on_launch=False)
+                )
+            else:
+                if refusal.meaning == Meaning.WRONG and type_name and not findings.problems:
+                    findings.problems.append(f"AWS: a {type_name} would be refused ({refusal})")
+                return
+
+    def _do_without(self, what: str, abilities: Abilities) -> None:
+        self._abilities = abilities
+        effects = []
+        if not abilities.tags_on_launch:
+            effects.append("VMs are started one by one and tagged right after that")
+        if not abilities.metadata_options:
+            effects.append("IMDSv2 is not demanded")
+        self._warn(f"The cloud at {self.endpoint} does not know {what}; {', '.join(effects)}.")
+
+    # -- launches
+
+    def _launch_of(self, request: LaunchRequest) -> _Launch:
+        """Where tags cannot go into the launch call, every machine is launched alone, so that its node is
+        known without them."""
+        launch = _Launch.of(request)
+        return launch if self._abilities.tags_on_launch else launch.of_one(request.node)
+
+    def _start(self, launch: _Launch) -> Mapping[str, LaunchOutcome]:
+        """One outcome for each node."""
+        started = self._run_instances(launch)
+        if not isinstance(started, list):
+            return dict.fromkeys(launch.nodes, started)
+        few = NoCapacity(f"EC2 started only {len(started)} of {len(launch.nodes)} machines")
+        outcomes: dict[str, LaunchOutcome] = dict.fromkeys(launch.nodes, few)
+        for described in started:
+            instance = self._launched(described, launch)
+            outcomes[instance.node] = instance
+        return outcomes
+
+    def _run_instances(self, launch: _Launch) -> list[Any] | LaunchOutcome:
+        """The machines as EC2 describes them. A subnet without free addresses is followed by the next one of
+        its zone, under a token of its own; asked again, the launch goes on where it was."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        self._launches[launch.token] = launch
+        outcome: LaunchOutcome = NoCapacity(f"no subnet is in the zone {launch.zone}")
+        for number, subnet in enumerate(self._subnets(launch)):
+            if number < self._full_subnets.get(launch.token, 0):
+                continue
+            self._full_subnets[launch.token] = number
+            attempt = launch.in_other_subnet(subnet) if number else launch
+            self._launches[attempt.token] = launch
+            script = self._user_data(launch.nodes, launch.type, launch.market)
+            parameters = self._parameters(attempt, subnet)
+            try:
+                return self._launcher.run_instances(**parameters, UserData=script)["Instances"]
+            except ClientError as refusal:
+                error = Ec2Error.of(refusal)
+                outcome = _outcome(error, launch)
+                if error.code != "InsufficientFreeAddressesInSubnet":
+                    return outcome
+            except BotoCoreError as error:
+                return CloudUnavailable(str(error))
+        self._full_subnets.pop(launch.token, None)
+        return outcome
+
+    def _subnets(self, launch: _Launch) -> tuple[str, ...]:
+        """Those to try; an empty name leaves it to the launch template or to EC2."""
+        zones = self._place.zones
+        if launch.zone:
+            return zones.get(launch.zone, ())
+        return next(iter(zones.values()), ("",)) if self._settings.subnets else ("",)
+
+    def _parameters(self, launch: _Launch, subnet: str) -> dict[str, Any]:
+        """All but the user data."""
+        settings, abilities = self._settings, self._abilities
+        parameters: dict[str, Any] = {
+            "ImageId": settings.image,
+            "LaunchTemplate": dict(self._place.template),
+            "InstanceType": launch.type.name,
+            "MinCount": 1,
+            "MaxCount": len(launch.nodes),
+            "ClientToken": launch.token,
+            "InstanceInitiatedShutdownBehavior": "terminate",
+            "MetadataOptions": _IMDS_V2 if abilities.metadata_options else None,
+            "TagSpecifications": self._tags_of_launch(launch) if abilities.tags_on_launch else None,
+            "InstanceMarketOptions": _SPOT_OPTIONS if launch.market == SPOT else None,
+            "SubnetId": subnet,
+            "SecurityGroupIds": list(settings.security_groups),
+            "KeyName": settings.key_name,
+            "IamInstanceProfile": _profile(settings.instance_profile),
+            "BlockDeviceMappings": self._volumes(),
+        }
+        return {name: value for name, value in parameters.items() if value}
+
+    def _volumes(self) -> list[dict[str, Any]]:
+        settings = self._settings
+        if not (settings.volume_size or settings.volume_encrypted):
+            return []
+        volume: dict[str, Any] = {"DeleteOnTermination": True}
+        if settings.volume_size:
+            volume["VolumeSize"] = settings.volume_size
+        if settings.volume_encrypted:
+            volume["Encrypted"] = True
+        return [{"DeviceName": self._place.root_device, "Ebs": volume}]
+
+    def _tags_of_launch(self, launch: _Launch) -> list[dict[str, Any]]:
+        """Tags go into the launch call: a machine without them would be nobody's (R3)."""
+        kinds = ["instance", "volume"] + ["spot-instances-request"] * (launch.market == SPOT)
+        tags = self._tags(launch.run, " ".join(launch.nodes))
+        return [{"ResourceType": kind, "Tags": tags} for kind in kinds]
+
+    def _tags(self, run: str, nodes: str) -> list[Any]:
+        tags = {
+            "Name": f"schlouder-{run}",
+            **dict(self._settings.tags),
+            TAG_OWNER: self._owner,
+            TAG_RUN: run,
+            TAG_NODE: nodes,
+        }
+        return [{"Key": key, "Value": value} for key, value in tags.items()]
+
+    # -- machines
+
+    def _launched(self, described: Mapping[str, Any], launch: _Launch) -> Instance:
+        node = launch.nodes[described.get("AmiLaunchIndex", 0)]
+        if TAG_RUN not in _tags_of(described):
+            self._tag(described["InstanceId"], launch.run, node)
+        return replace(_instance(described), run=launch.run, node=node)
+
+    def _tag(self, instance_id: str, run: str, node: str) -> None:
+        """Where the cloud could not do so in the launch. Until it is done the machine is known by the token
+        of its launch, in this process also with its node."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            reply = self._launcher.run_instances(**self._parameters(request))
-        except ClientError as error:
-            return _launch_error(error.response["Error"])
-        except BotoCoreError as error:
-            return CloudUnavailable(str(error))
-        return _instance(reply["Instances"][0])
+            self._ec2.create_tags(Resources=[instance_id], Tags=self._tags(run, node))
+        except (BotoCoreError, ClientError) as error:
+            self._warn(f"{instance_id} ({node}) could not be tagged yet: {error}")
 
-    def _parameters(self, request: LaunchRequest) -> dict[str, Any]:
-        parameters: dict[str, Any] = {
-            "ImageId": self._settings.image,
-            "InstanceType": request.type.name,
-            "MinCount": 1,
-            "MaxCount": 1,
-            "ClientToken": request.token,
-            "UserData": self._user_data(request.node, request.type),
-            "InstanceInitiatedShutdownBehavior": "terminate",
-            "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled"},
-            "TagSpecifications": self._tags(request),
-        }
-        if self._settings.subnet:
-            parameters["SubnetId"] = self._settings.subnet
-        if self._settings.security_groups:
-            parameters["SecurityGroupIds"] = list(self._settings.security_groups)
-        if self._settings.key_name:
-            parameters["KeyName"] = self._settings.key_name
-        if self._settings.instance_profile:
-            parameters["IamInstanceProfile"] = _profile(self._settings.instance_profile)
-        return parameters
+    def _recognized(self, described: Mapping[str, Any], run: str) -> Instance:
+        """A machine of `run` whose tags may be missing still."""
+        instance = replace(_instance(described), run=run)
+        launch = self._launches.get(described.get("ClientToken", ""))
+        if instance.node or launch is None:
+            return instance
+        (node,) = launch.nodes
+        if instance.is_alive:
+            self._tag(instance.id, run, node)
+        return replace(instance, node=node)
 
-    def _tags(self, request: LaunchRequest) -> list[dict[str, Any]]:
-        """Tags go into the launch call: a machine without them would be nobody's (R3)."""
-        tags = {
-            "Name": request.node,
-            TAG_OWNER: self._owner,
-            TAG_RUN: request.run,
-            TAG_NODE: request.node,
-        }
-        pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
-        return [{"ResourceType": kind, "Tags": pairs} for kind in ("instance", "volume")]
+    def _describe(self, **filters: Any) -> list[Any]:
+        """All pages and all reservations: every RunInstances call is a reservation of its own (R6)."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        pages = self._ec2.get_paginator("describe_instances").paginate(
+            **filters, PaginationConfig={"PageSize": _DESCRIBE_PAGE}
+        )
+        try:
+            return [
+                described
+                for page in pages
+                for reservation in page["Reservations"]
+                for described in reservation["Instances"]
+            ]
+        except (BotoCoreError, ClientError) as error:
+            raise _unavailable(error) from error
 
     def _terminate_batch(self, instance_ids: list[str]) -> None:
         """One unknown id makes EC2 refuse the whole call, so that each is then asked for alone."""
@@ -286,165 +549,113 @@ class Ec2Cloud:
             self._ec2.terminate_instances(InstanceIds=instance_ids)
         except ClientError as error:
             if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
-                raise CloudUnavailable(str(error)) from error
+                raise _unavailable(error) from error
             if len(instance_ids) > 1:
                 for instance_id in instance_ids:
                     self._terminate_batch([instance_id])
         except BotoCoreError as error:
-            raise CloudUnavailable(str(error)) from error
+            raise _unavailable(error) from error
 
 
-def connect(settings: Ec2Settings, join: Join, owner: str) -> Ec2Cloud:
-    """An Ec2Cloud that can be expected to work; SchlouderError names the setting that is wrong."""
+def connect(
+    settings: Ec2Settings, join: Join, owner: str, warn: Callable[[str], None] = _log.warning
+) -> Ec2Cloud:
+    """An Ec2Cloud that can be expected to work; SchlouderError names all settings that are wrong and all
+    rights that are missing. `warn` is told what the cloud lacks, or does not heed."""
     from botocore.config import Config
 
-    session = aws_session(settings.region)
+    session = make_session(settings.region)
     patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
     single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
-    ec2, launcher = aws_client(session, "ec2", patient), aws_client(session, "ec2", single)
-    _check_settings(ec2, settings)
-    endpoint = aws_client(session, "ssm", patient).meta.endpoint_url
+    ec2, launcher = make_client(session, "ec2", patient), make_client(session, "ec2", single)
+    endpoint = make_client(session, "ssm", patient).meta.endpoint_url
 
-    def script(node: str, instance_type: InstanceType) -> str:
+    def script(nodes: Sequence[str], instance_type: InstanceType, market: str) -> str:
+        (node,) = nodes
         return user_data(join, session.region_name, endpoint, node, instance_type)
 
-    return Ec2Cloud(ec2, launcher, settings, owner, script)
+    findings = Findings()
+    place = survey(ec2, settings, findings, warn)
+    cloud = Ec2Cloud(ec2, launcher, settings, owner, script, place, warn)
+    cloud.rehearse(findings)
+    findings.check()
+    return cloud
 
 
-def aws_session(region: str) -> boto3.Session:
-    """A session with a region and credentials; SchlouderError says which is missing or wrong."""
-    import boto3
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        session = boto3.Session(region_name=region or None)
-        credentials = session.get_credentials()
-    except BotoCoreError as error:
-        raise SchlouderError(f"AWS: {error}; see `aws configure`") from error
-    if not session.region_name:
-        raise SchlouderError(
-            "--schlouder-region: no AWS region; give it, or set AWS_DEFAULT_REGION "
-            "or a region in ~/.aws/config"
-        )
-    if credentials is None:
-        raise SchlouderError(
-            "AWS: no credentials found; run `aws configure`, set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or use a machine with an instance profile"
-        )
-    return session
+_IMDS_V2 = {"HttpTokens": "required", "HttpEndpoint": "enabled"}
+_SPOT_OPTIONS = {
+    "MarketType": "spot",
+    "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
+}
 
 
-def aws_client(session: boto3.Session, service: str, config: Config) -> Any:
-    from botocore.exceptions import BotoCoreError, InvalidRegionError
-
-    try:
-        return session.client(service, config=config)  # type: ignore[call-overload]
-    except InvalidRegionError as error:
-        raise SchlouderError(
-            f"--schlouder-region: {session.region_name!r} is no AWS region such as eu-west-1"
-        ) from error
-    except (BotoCoreError, ValueError) as error:
-        raise SchlouderError(f"AWS: {error}; check AWS_ENDPOINT_URL and ~/.aws/config") from error
-
-
-def _check_settings(ec2: EC2Client, settings: Ec2Settings) -> None:
-    """Asks EC2 for everything a launch would name, so that a typing error costs no VM."""
-    image, subnet = settings.image, settings.subnet
-    _asked("--schlouder-image", image, lambda: ec2.describe_images(ImageIds=[image])["Images"])
-    if subnet:
-        _asked(
-            "--schlouder-subnet",
-            subnet,
-            lambda: ec2.describe_subnets(SubnetIds=[subnet])["Subnets"],
-        )
-    if settings.security_groups:
-        groups = list(settings.security_groups)
-        _asked(
-            "--schlouder-security-groups",
-            ",".join(groups),
-            lambda: ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"],
-        )
-    if settings.key_name:
-        _asked(
-            "--schlouder-key-name",
-            settings.key_name,
-            lambda: ec2.describe_key_pairs(KeyNames=[settings.key_name])["KeyPairs"],
-        )
+def _outcome(error: Ec2Error, launch: _Launch) -> LaunchOutcome:
+    match error.meaning:
+        case Meaning.CAPACITY:
+            return NoCapacity(str(error))
+        case Meaning.THROTTLED:
+            return Throttled(str(error))
+        case Meaning.AWAY:
+            return CloudUnavailable(str(error))
+        case Meaning.QUOTA:
+            return QuotaReached(quota_text(error, launch.type.name, launch.market))
+        case Meaning.RIGHTS:
+            return LaunchRefused(rights_text(error))
+        case Meaning.SPENT:
+            return TokenSpent(str(error))
+        case Meaning.UNKNOWN | Meaning.WRONG:
+            return LaunchRefused(str(error))
 
 
-def _asked(setting: str, value: str, question: Callable[[], Iterable[Any]]) -> list[Any]:
-    """The answer to one question about a setting's value; SchlouderError if there is none."""
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        ConnectTimeoutError,
-        EndpointConnectionError,
-    )
+def _unavailable(failure: Exception) -> CloudUnavailable:
+    """`failure`: botocore's, of a call that is no launch."""
+    from botocore.exceptions import ClientError
 
-    try:
-        answer = list(question())
-    except (EndpointConnectionError, ConnectTimeoutError) as error:
-        raise SchlouderError(
-            f"AWS: EC2 cannot be reached ({error}); check the network, the region and AWS_ENDPOINT_URL"
-        ) from error
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in ("AuthFailure", "UnauthorizedOperation", "InvalidClientTokenId"):
-            raise SchlouderError(f"AWS: {error}; these credentials may not do that") from error
-        raise SchlouderError(
-            f"{setting}: {value!r} was refused by EC2 ({code}: {_message(error)})"
-        ) from error
-    except BotoCoreError as error:
-        raise SchlouderError(f"AWS: {error}") from error
-    if not answer:
-        raise SchlouderError(f"{setting}: EC2 knows no {value!r} in this region")
-    return answer
+    if not isinstance(failure, ClientError):
+        return CloudUnavailable(str(failure))
+    error = Ec2Error.of(failure)
+    if error.meaning == Meaning.THROTTLED:
+        return Throttled(str(error))
+    return CloudUnavailable(rights_text(error) if error.meaning == Meaning.RIGHTS else str(error))
 
 
-def _message(error: Any) -> str:
-    return str(error.response["Error"].get("Message", ""))
-
-
-def _launch_error(error: Mapping[str, Any]) -> LaunchOutcome:
-    code, message = error.get("Code", ""), error.get("Message", "")
-    if code in ("IdempotentInstanceTerminated", "IdempotentParameterMismatch"):
-        return TokenSpent(message)
-    if code in _RETRIED:
-        return CloudUnavailable(f"{code}: {message}")
-    return LaunchRefused(f"{code}: {message}")
-
-
-def _instances(ec2: EC2Client, run: str) -> list[Instance]:
-    """All pages and all reservations: every RunInstances call is a reservation of its own (R6)."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    pages = ec2.get_paginator("describe_instances").paginate(
-        Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}],
-        PaginationConfig={"PageSize": _DESCRIBE_PAGE},
-    )
-    try:
-        return [
-            _instance(described)
-            for page in pages
-            for reservation in page["Reservations"]
-            for described in reservation["Instances"]
-        ]
-    except (BotoCoreError, ClientError) as error:
-        raise CloudUnavailable(str(error)) from error
+def _tags_of(described: Mapping[str, Any]) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in described.get("Tags", [])}
 
 
 def _instance(described: Mapping[str, Any]) -> Instance:
-    tags = {tag["Key"]: tag["Value"] for tag in described.get("Tags", [])}
+    tags = _tags_of(described)
+    nodes = tags.get(TAG_NODE, "").split()
+    index = described.get("AmiLaunchIndex", 0) if len(nodes) > 1 else 0
     return Instance(
         described["InstanceId"],
-        tags.get(TAG_NODE, ""),
+        nodes[index] if index < len(nodes) else "",
         tags.get(TAG_RUN, ""),
         described["State"]["Name"],
         described["InstanceType"],
-        described.get("StateReason", {}).get("Message", ""),
+        _reason(described.get("StateReason", {})),
         described["LaunchTime"].timestamp(),
+        _ended(described.get("StateTransitionReason", "")),
+        SPOT if described.get("InstanceLifecycle") == "spot" else ON_DEMAND,
+        described.get("Placement", {}).get("AvailabilityZone", ""),
     )
 
 
+def _reason(told: Mapping[str, str]) -> str:
+    """Code and message; EC2 mostly puts the code into the message, too."""
+    code, message = told.get("Code", ""), told.get("Message", "")
+    return message if code in message else f"{code}: {message}"
+
+
+def _ended(transition: str) -> float | None:
+    """The date in a text such as `User initiated (2026-01-31 12:00:00 GMT)`."""
+    found = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", transition)
+    if found is None:
+        return None
+    return datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
+
+
 def _profile(name: str) -> dict[str, str]:
+    if not name:
+        return {}
     return {"Arn": name} if name.startswith("arn:") else {"Name": name}

@@ -33,6 +33,7 @@ from .provision import (
     LaunchRequest,
     NoCapacity,
     QuotaReached,
+    Throttled,
     TokenSpent,
 )
 from .slurm import (
@@ -105,7 +106,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
         *(Announcement, Billing, BrokerConfig, Goal, InstanceType, Need, PlannedJob, SlurmOptions),
         *(Task,),
         *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
-        *(CloudUnavailable, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
+        *(CloudUnavailable, Throttled, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
         *(ClusterUnavailable, SubmissionRefused, JobPhase, TaskState, OSError),
         *(Limits, Tariff, sqlite3.Error, Path),
     )

@@ -24,6 +24,13 @@ from .slurm import APIS
 _T = TypeVar("_T")
 
 SPOT_CHOICES = (NEVER, PREFER, ONLY)
+_TEMPLATE = r"[A-Za-z0-9()./_-]{3,128}(:(\d+|\$Latest|\$Default))?"
+
+_LARGEST_VOLUME = 65536
+"""GiB of a gp3 volume."""
+
+_MOST_TAGS = 46
+"""Of 50; the rest are ours."""
 
 
 def _setting(text: str, **metadata: Any) -> dict[str, Any]:
@@ -160,8 +167,21 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Machine image (AMI) with munge and slurmd; see the docs.", metavar="AMI"
         ),
     )
-    subnet: Optional[str] = field(
-        default=None, metadata=_setting("Subnet the VMs are started in.", metavar="SUBNET")
+    launch_template: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "EC2 launch template of the VMs, as id or name, with :VERSION behind it or its default "
+            "version; the other settings win over what it says.",
+            metavar="TEMPLATE",
+        ),
+    )
+    subnets: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Subnets the VMs are started in, separated by commas, of one VPC and best of several "
+            "availability zones: when one has no machine, the next is asked.",
+            metavar="SUBNET[,SUBNET...]",
+        ),
     )
     security_groups: Optional[str] = field(
         default=None,
@@ -174,6 +194,20 @@ class ExecutorSettings(ExecutorSettingsBase):
         default=None,
         metadata=_setting(
             "Instance profile (name or ARN) with which a VM reads the munge key.", metavar="NAME"
+        ),
+    )
+    volume_size: Optional[int] = field(
+        default=None,
+        metadata=_setting("Size of a VM's root volume; default: the image's.", metavar="GIB"),
+    )
+    volume_encrypted: bool = field(
+        default=False, metadata=_setting("Encrypt the VMs' root volumes.")
+    )
+    tags: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Tags of VMs and their volumes, besides schlouder's own.",
+            metavar="KEY=VALUE[,KEY=VALUE...]",
         ),
     )
     region: Optional[str] = field(
@@ -226,7 +260,8 @@ class ExecutorSettings(ExecutorSettingsBase):
 
 @dataclass(frozen=True)
 class Config:
-    """Settings that make sense. Durations in seconds; empty strings mean EC2's own default."""
+    """Settings that make sense. Durations in seconds, `volume_size` in GiB; empty strings and 0 mean EC2's
+    own default."""
 
     strategy: str
     order: str
@@ -242,10 +277,14 @@ class Config:
     prices: str
     type_table: str
     image: str
-    subnet: str
+    launch_template: str
+    subnets: tuple[str, ...]
     security_groups: tuple[str, ...]
     key_name: str
     instance_profile: str
+    volume_size: int
+    volume_encrypted: bool
+    tags: tuple[tuple[str, str], ...]
     region: str
     munge_key_parameter: str
     partition: str
@@ -275,6 +314,7 @@ def validated(settings: ExecutorSettings) -> Config:
     """The settings as a Config; SchlouderError lists everything that is wrong with them at once."""
     problems = [*_wrong_names(settings), *_wrong_numbers(settings)]
     goal = _goal(settings, problems)
+    tags = _tags(settings.tags, problems)
     if problems:
         raise SchlouderError("\n".join(problems))
     return Config(
@@ -297,10 +337,14 @@ def validated(settings: ExecutorSettings) -> Config:
         prices=settings.prices or "",
         type_table=settings.type_table or "",
         image=settings.image or "",
-        subnet=settings.subnet or "",
+        launch_template=settings.launch_template or "",
+        subnets=_words(settings.subnets),
         security_groups=_words(settings.security_groups),
         key_name=settings.key_name or "",
         instance_profile=settings.instance_profile or "",
+        volume_size=settings.volume_size or 0,
+        volume_encrypted=settings.volume_encrypted,
+        tags=tags,
         region=settings.region or "",
         munge_key_parameter=settings.munge_key_parameter or "",
         partition=settings.partition or "",
@@ -435,9 +479,16 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
         order.checked(settings.order or "")
     except SchlouderError as error:
         problems.append(f"--schlouder-{error}")
-    if not settings.image:
+    if not settings.image and not settings.launch_template:
         problems.append(
-            "--schlouder-image: not given; the id of a machine image (ami-...) is needed"
+            "--schlouder-image: not given; the id of a machine image (ami-...) is needed, or a "
+            "--schlouder-launch-template with one"
+        )
+    template = settings.launch_template
+    if template and not re.fullmatch(_TEMPLATE, template):
+        problems.append(
+            f"--schlouder-launch-template: {template!r} is not allowed; it is an id (lt-...) or a name, and "
+            "behind it nothing, or : and a version's number, $Latest or $Default"
         )
     if not _words(settings.instance_types):
         problems.append(
@@ -486,12 +537,49 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
             f"--schlouder-boot-overhead: {settings.boot_overhead} is not allowed; "
             "it must be a share above 0 and at most 1"
         )
+    size = settings.volume_size
+    if size is not None and not 1 <= size <= _LARGEST_VOLUME:
+        problems.append(
+            f"--schlouder-volume-size: {size} is not allowed; it must be whole GiB, from 1 to "
+            f"{_LARGEST_VOLUME}"
+        )
     for name, value in (("btu", settings.btu), ("boot-timeout", settings.boot_timeout)):
         if value is None or not 0 < value < float("inf"):
             problems.append(
                 f"--schlouder-{name}: {value} is not allowed; it must be seconds above 0"
             )
     return problems
+
+
+def _tags(text: Optional[str], problems: list[str]) -> tuple[tuple[str, str], ...]:
+    """The user's tags; adds to `problems` what EC2 would refuse, or would make ours ambiguous."""
+    tags: dict[str, str] = {}
+    for pair in (text or "").split(","):
+        if not pair.strip():
+            continue
+        key, is_given, value = (part.strip() for part in pair.partition("="))
+        wrong = _wrong_tag(key, value) if is_given else "it is no key=value"
+        if wrong or key in tags:
+            wrong = wrong or "the key is given twice"
+            problems.append(f"--schlouder-tags: {pair.strip()!r} is not allowed; {wrong}")
+        tags[key] = value
+    if len(tags) > _MOST_TAGS:
+        problems.append(
+            f"--schlouder-tags: {len(tags)} tags are not allowed; EC2 takes 50 for a resource, of which 4 "
+            "are schlouder's own"
+        )
+    return tuple(tags.items())
+
+
+def _wrong_tag(key: str, value: str) -> str:
+    """Limits: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/Using_Tags.html#tag-restrictions"""
+    if not 1 <= len(key) <= 128 or len(value) > 256:
+        return "EC2 takes keys of 1 to 128 characters, and values of 256 at most"
+    if key.lower().startswith(("aws:", "schlouder:")):
+        return "keys that begin with aws: or schlouder: are taken"
+    if not re.fullmatch(r"[\w +=.:/@-]*", key + value):
+        return "EC2 takes letters, digits, blanks and + - = . _ : / @"
+    return ""
 
 
 def _words(text: Optional[str]) -> tuple[str, ...]:

@@ -643,11 +643,3 @@ def test_another_clouds_machines_have_not_awss_prices(other: World) -> None:
     tariff = catalog.tariff([M5], [], "", [ON_DEMAND])
     assert "is not AWS, whose price list is the only one known" in tariff.source
     assert other.asked("GetProducts") == []
-
-
-def test_an_image_says_for_which_architecture_it_is(world: World) -> None:
-    image = "<imagesSet><item><imageId>ami-1</imageId><architecture>arm64</architecture></item></imagesSet>"
-    world.replies["DescribeImages"] = lambda _: page("DescribeImages", image)
-    assert world.catalog().image_architecture("ami-1") == "arm64"
-    world.replies["DescribeImages"] = error("InvalidAMIID.NotFound")
-    assert world.catalog().image_architecture("ami-1") == ""

@@ -17,9 +17,10 @@ import pytest
 from workflows import Site, slurmctld, stopped, wait_for
 
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
+from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
-from snakemake_executor_plugin_schlouder.provision import TAG_NODE, Ec2Settings, Join, connect
+from snakemake_executor_plugin_schlouder.provision import TAG_NODE, Join, connect
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
 pytestmark = pytest.mark.integration
@@ -58,7 +59,7 @@ def broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> Broker:
     settings = Ec2Settings(
         given["REGION"],
         given["IMAGE"],
-        given["SUBNET"],
+        (given["SUBNETS"],),
         (given["SECURITY_GROUPS"],),
         instance_profile=given["INSTANCE_PROFILE"],
     )

@@ -87,7 +87,7 @@ class TestSnakemakesOwnSuite(snakemake.common.tests.TestWorkflowsLocalStorageBas
         given = self.cloud.environment()
         return ExecutorSettings(
             image=given[prefix + "IMAGE"],
-            subnet=given[prefix + "SUBNET"],
+            subnets=given[prefix + "SUBNETS"],
             security_groups=given[prefix + "SECURITY_GROUPS"],
             instance_profile=given[prefix + "INSTANCE_PROFILE"],
         )
@@ -396,7 +396,7 @@ rule one:
         ),
         (["--schlouder-btu", "-1"], {}, "--schlouder-btu: -1.0 is not allowed"),
         (["--schlouder-image", "ami-12345678"], {}, "--schlouder-image: 'ami-12345678'"),
-        (["--schlouder-subnet", "subnet-1"], {}, "--schlouder-subnet: 'subnet-1'"),
+        (["--schlouder-subnets", "subnet-1"], {}, "--schlouder-subnets: 'subnet-1'"),
         (["--schlouder-security-groups", "sg-1"], {}, "--schlouder-security-groups: 'sg-1'"),
         (["--schlouder-key-name", "none"], {}, "--schlouder-key-name: 'none'"),
         (["--schlouder-instance-types", "x9.huge"], {}, "--schlouder-instance-types: 'x9.huge'"),

@@ -72,7 +72,7 @@ class Vms:
         """What RunInstances answers, for one new instance."""
         defaults: dict[str, Any] = {
             "ImageId": self.environment["SNAKEMAKE_SCHLOUDER_IMAGE"],
-            "SubnetId": self.environment["SNAKEMAKE_SCHLOUDER_SUBNET"],
+            "SubnetId": self.environment["SNAKEMAKE_SCHLOUDER_SUBNETS"],
             "InstanceType": "m5.large",
             "IamInstanceProfile": {"Name": "schlouder-node"},
             "InstanceInitiatedShutdownBehavior": "terminate",

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError
 from workflows import wait_for
 
 from snakemake_executor_plugin_schlouder import provision
+from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
-from snakemake_executor_plugin_schlouder.model import InstanceType, SchlouderError
+from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     Ec2Cloud,
-    Ec2Settings,
     Instance,
     Join,
-    LaunchRefused,
     LaunchRequest,
     TokenSpent,
     client_token,
@@ -34,16 +32,22 @@ KIND = InstanceType("m5.large", 2, 8192)
 
 
 def test_every_change_of_a_launch_changes_its_token() -> None:
-    tokens = {
-        client_token("r", ["n"], "t", "on-demand", "a", 1),
-        client_token("r2", ["n"], "t", "on-demand", "a", 1),
-        client_token("r", ["n2"], "t", "on-demand", "a", 1),
-        client_token("r", ["n"], "t2", "on-demand", "a", 1),
-        client_token("r", ["n"], "t", "on-demand", "a", 2),
-    }
-    assert len(tokens) == 5
+    first = ("r", ("n", "m"), "t", ON_DEMAND, "z", 1)
+    others = [
+        ("r2", ("n", "m"), "t", ON_DEMAND, "z", 1),
+        ("r", ("n",), "t", ON_DEMAND, "z", 1),
+        ("r", ("m", "n"), "t", ON_DEMAND, "z", 1),
+        ("r", ("n", "m"), "t2", ON_DEMAND, "z", 1),
+        ("r", ("n", "m"), "t", SPOT, "z", 1),
+        ("r", ("n", "m"), "t", ON_DEMAND, "z2", 1),
+        ("r", ("n", "m"), "t", ON_DEMAND, "z", 2),
+        ("long run " * 20, ("n", "m"), "t", ON_DEMAND, "z", 1),
+        ("r\u00e9", ("n", "m"), "t", ON_DEMAND, "z", 1),
+    ]
+    tokens = {client_token(*each) for each in [first, *others]}
+    assert len(tokens) == 1 + len(others)
     assert all(len(token) <= 64 and token.isascii() for token in tokens)
-    assert client_token("r", ["n"], "t", "on-demand", "a", 1) in tokens
+    assert client_token(*first) in tokens
 
 
 def test_a_node_declares_nine_tenths_of_its_memory() -> None:
@@ -65,30 +69,6 @@ def test_user_data_is_a_script_in_which_every_value_is_quoted() -> None:
     assert shown.stdout == "it's; rm -rf $HOME|CPUs=2 RealMemory=7372 Feature=schlouder,m5.large"
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        ("InsufficientInstanceCapacity", CloudUnavailable),
-        ("RequestLimitExceeded", CloudUnavailable),
-        ("VcpuLimitExceeded", LaunchRefused),
-        ("UnauthorizedOperation", LaunchRefused),
-        ("IdempotentInstanceTerminated", TokenSpent),
-        ("IdempotentParameterMismatch", TokenSpent),
-    ],
-)
-def test_errors_of_a_launch_are_told_apart_by_their_code(code: str, kind: type) -> None:
-    """RunInstances itself is replaced by one that fails, as EC2 does and the endpoint here does not."""
-
-    class Launcher:
-        def run_instances(self, **_parameters: object) -> object:
-            raise ClientError({"Error": {"Code": code, "Message": "because"}}, "RunInstances")
-
-    cloud = Ec2Cloud(None, Launcher(), Ec2Settings("r", "ami"), "o", lambda *_: "")  # type: ignore[arg-type]
-    (outcome,) = cloud.launch([LaunchRequest("r", "n", "t", KIND)])
-    assert isinstance(outcome, kind)
-    assert "because" in str(outcome)
-
-
 @pytest.fixture
 def settings(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Ec2Settings:
     """The embedded cloud's settings, with its environment set for boto3."""
@@ -99,7 +79,7 @@ def settings(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Ec2Settings:
     return Ec2Settings(
         "us-east-1",
         given["IMAGE"],
-        given["SUBNET"],
+        (given["SUBNETS"],),
         (given["SECURITY_GROUPS"],),
         instance_profile=given["INSTANCE_PROFILE"],
     )
@@ -124,7 +104,7 @@ def run_of(ec2: Ec2Cloud) -> str:
 def request(ec2: Ec2Cloud, number: int) -> LaunchRequest:
     run = run_of(ec2)
     node = f"{run}-{number}"
-    return LaunchRequest(run, node, client_token(run, [node], "m5.large", "on-demand", "", 1), KIND)
+    return LaunchRequest(run, node, client_token(run, (node,), "m5.large", ON_DEMAND, "", 1), KIND)
 
 
 def launched(ec2: Ec2Cloud, number: int) -> Instance:
@@ -141,7 +121,8 @@ def test_a_launch_carries_its_tags(ec2: Ec2Cloud) -> None:
     tags = {tag["Key"]: tag["Value"] for tag in described["Tags"]}
     assert tags["schlouder:run"] == run_of(ec2)
     assert tags["schlouder:owner"] == "me@here"
-    assert tags["schlouder:node"] == tags["Name"] == f"{run_of(ec2)}-1"
+    assert tags["schlouder:node"] == f"{run_of(ec2)}-1"
+    assert tags["Name"] == f"schlouder-{run_of(ec2)}"
 
 
 @pytest.mark.integration

@@ -68,7 +68,7 @@ class Cloud:
         os.environ.update(access)
         settings = create_resources(str(subnet.cidr), munge_key)
         self.controller.wait()
-        endpoint.default_subnet = settings["SNAKEMAKE_SCHLOUDER_SUBNET"]
+        endpoint.default_subnet = settings["SNAKEMAKE_SCHLOUDER_SUBNETS"]
         slurm = {"SLURM_CONF": str(self.controller.slurm_conf)}
         self._record(
             gateway=str(subnet.gateway),
@@ -119,7 +119,7 @@ def create_resources(cidr: str, munge_key: str) -> dict[str, str]:
     )
     settings = {
         "IMAGE": image["ImageId"],
-        "SUBNET": subnet,
+        "SUBNETS": subnet,
         "SECURITY_GROUPS": group["GroupId"],
         "INSTANCE_PROFILE": ROLE,
         "INSTANCE_TYPES": INSTANCE_TYPE,
