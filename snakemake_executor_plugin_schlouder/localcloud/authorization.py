@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import unquote
 
 from snakemake_executor_plugin_schlouder.localcloud.policy import ANY_RESOURCE, Request
 
@@ -58,8 +57,11 @@ class Call:
 
 
 def s3_call(method: str, path: str, query: str) -> Call:
-    """S3 has no names of actions on the wire; these are the rights that its operations need."""
-    bucket, _, key = unquote(path).lstrip("/").partition("/")
+    """S3 has no names of actions on the wire; these are the rights that its operations need.
+
+    `path` is as WSGI gives it: decoded, its bytes as Latin-1.
+    """
+    bucket, _, key = path.encode("latin-1").decode().lstrip("/").partition("/")
     if not bucket:
         return Call("s3", "ListAllMyBuckets", "*")
     arn = f"arn:aws:s3:::{bucket}"
