@@ -32,11 +32,18 @@ from snakemake_executor_plugin_schlouder.localcloud.control import ControlError
 pytestmark = pytest.mark.integration
 
 SPOT: dict[str, Any] = {"InstanceMarketOptions": {"MarketType": "spot"}}
-TAGS = [{"ResourceType": "instance", "Tags": [{"Key": "schlouder:run", "Value": "r1"}]}]
 ASK = (
     "t=$(curl -s -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token)\n"
     'ask() { curl -s -f -H "X-aws-ec2-metadata-token: $t" http://169.254.169.254/latest/meta-data/$1; }\n'
 )
+
+
+def tags(found: dict[str, str]) -> list[Any]:
+    pairs = [{"Key": key, "Value": value} for key, value in found.items()]
+    return [{"ResourceType": "instance", "Tags": pairs}]
+
+
+TAGS = tags({"schlouder:run": "r1"})
 
 
 @pytest.fixture
@@ -322,6 +329,8 @@ class TestPolicy:
         ssm = client(vms.cloud, "ssm")
         secret = refusal(ssm.get_parameter, Name="/schlouder/munge-key")
         assert secret == "AccessDeniedException"
+        identity = client(vms.cloud, "sts").get_caller_identity()
+        assert identity["Arn"] == "arn:aws:iam::123456789012:user/schlouder-local"
 
     def test_a_dry_run_tells_whether_the_rights_are_there(self, vms: Vms) -> None:
         assert refusal(vms.run, DryRun=True) == "DryRunOperation"
@@ -357,6 +366,26 @@ class TestPolicy:
         error = caught.value.response["Error"]
         assert error["Code"] == "UnauthorizedOperation"
         assert f"no identity-based policy allows the {action} action." in error["Message"]
+
+
+class TestLimits:
+    @pytest.mark.parametrize(
+        ("arguments", "code"),
+        [
+            ({"ClientToken": "x" * 65}, "InvalidParameterValue"),
+            ({"UserData": "#!/bin/sh\n" + "#" * 16384}, "InvalidParameterValue"),
+            ({"InstanceType": "c6g.large"}, "InvalidParameterValue"),
+            ({"TagSpecifications": tags({"k" * 129: ""})}, "InvalidParameterValue"),
+            ({"TagSpecifications": tags({"key": "v" * 257})}, "InvalidParameterValue"),
+            ({"TagSpecifications": tags({"aws:key": ""})}, "InvalidParameterValue"),
+            (
+                {"TagSpecifications": tags({f"key{number}": "" for number in range(51)})},
+                "TagLimitExceeded",
+            ),
+        ],
+    )
+    def test_are_those_of_ec2(self, vms: Vms, arguments: dict[str, Any], code: str) -> None:
+        assert refusal(vms.run, **arguments) == code
 
 
 class TestLaunchTemplate:

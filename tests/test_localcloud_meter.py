@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from snakemake_executor_plugin_schlouder.localcloud.faults import ON_DEMAND, SPOT
-from snakemake_executor_plugin_schlouder.localcloud.meter import Tariff, Usage, metered
+from snakemake_executor_plugin_schlouder.localcloud.meter import Billing, Usage, metered
 from snakemake_executor_plugin_schlouder.localcloud.prices import (
     Hardware,
     PriceList,
@@ -143,29 +143,29 @@ class TestMeter:
     def test_bills_whole_units_and_the_minimum(
         self, unit: int, minimum: int, seconds: int, billed: int
     ) -> None:
-        entry = metered(used(seconds), NOW, Tariff(unit, minimum), MARKET)
+        entry = metered(used(seconds), NOW, Billing(unit, minimum), MARKET)
         assert (entry.seconds, entry.billed_seconds) == (seconds, billed)
         assert entry.usd == pytest.approx(0.085 * billed / 3600)
 
     def test_runs_until_now_while_an_instance_lives(self) -> None:
-        entry = metered(used(0, ended=None), NOW + 90.7, Tariff(), MARKET)
+        entry = metered(used(0, ended=None), NOW + 90.7, Billing(), MARKET)
         assert (entry.ended, entry.seconds) == (None, 90)
 
     def test_bills_spot_by_its_timeline_and_what_is_added_at_the_last_price(self) -> None:
-        long = metered(used(350, SPOT), NOW, Tariff(), MARKET)
+        long = metered(used(350, SPOT), NOW, Billing(), MARKET)
         assert long.usd == pytest.approx(MARKET.cost(*POOL, NOW, NOW + 350))
-        short = metered(used(10, SPOT), NOW, Tariff(), MARKET)
+        short = metered(used(10, SPOT), NOW, Billing(), MARKET)
         added = 50 * MARKET.at(*POOL, NOW + 10).usd / 3600
         assert short.usd == pytest.approx(MARKET.cost(*POOL, NOW, NOW + 10) + added)
         assert short.usd_per_hour is not None
         assert short.usd == pytest.approx(short.usd_per_hour * 60 / 3600)
 
     def test_what_ec2_takes_back_in_its_first_hour_is_free(self) -> None:
-        early = metered(used(3599, SPOT, interrupted=True), NOW, Tariff(), MARKET)
+        early = metered(used(3599, SPOT, interrupted=True), NOW, Billing(), MARKET)
         assert (early.seconds, early.billed_seconds, early.usd) == (3599, 0, 0.0)
-        late = metered(used(3600, SPOT, interrupted=True), NOW, Tariff(), MARKET)
+        late = metered(used(3600, SPOT, interrupted=True), NOW, Billing(), MARKET)
         assert late.billed_seconds == 3600
 
     def test_says_nothing_of_a_type_without_a_price(self) -> None:
-        entry = metered(used(100, instance_type="x9.huge"), NOW, Tariff(), MARKET)
+        entry = metered(used(100, instance_type="x9.huge"), NOW, Billing(), MARKET)
         assert (entry.billed_seconds, entry.usd_per_hour, entry.usd) == (100, None, None)

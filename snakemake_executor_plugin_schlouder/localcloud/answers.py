@@ -60,6 +60,16 @@ def reply(action: str, content: str) -> Response:
     )
 
 
+def caller_identity(arn: str, account: str) -> Response:
+    """STS's answer to GetCallerIdentity; moto's names the same user for everybody."""
+    return xml(
+        "<GetCallerIdentityResponse xmlns='https://sts.amazonaws.com/doc/2011-06-15/'>"
+        f"<GetCallerIdentityResult><Arn>{arn}</Arn><UserId>{arn.rpartition('/')[2]}</UserId>"
+        f"<Account>{account}</Account></GetCallerIdentityResult><ResponseMetadata>"
+        f"<RequestId>{secrets.token_hex(16)}</RequestId></ResponseMetadata></GetCallerIdentityResponse>"
+    )
+
+
 def xml(text: str, status: int = 200) -> Response:
     return Response(text, status, content_type="text/xml;charset=UTF-8")
 

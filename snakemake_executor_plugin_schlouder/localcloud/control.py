@@ -51,7 +51,7 @@ class Control:
         if (method, name) == ("GET", "meter"):
             return [dataclasses.asdict(entry) for entry in self.instances.meter()]
         if (method, name) == ("GET", "calls"):
-            return self.calls
+            return dict(self.calls)
         if (method, name) == ("PUT", "calls"):
             return self.calls.clear()
         if (method, name) == ("PUT", "reclaim"):

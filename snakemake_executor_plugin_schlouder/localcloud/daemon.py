@@ -24,7 +24,7 @@ from snakemake_executor_plugin_schlouder.localcloud.authorization import REGION
 from snakemake_executor_plugin_schlouder.localcloud.controller import PARTITION, Controller
 from snakemake_executor_plugin_schlouder.localcloud.endpoint import Endpoint
 from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Hypervisor
-from snakemake_executor_plugin_schlouder.localcloud.meter import Tariff
+from snakemake_executor_plugin_schlouder.localcloud.meter import Billing
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ class Cloud:
         subnet = network.claim(lambda claimed: self._record(bridge=claimed.bridge))
         self.controller = Controller(self.folder, subnet.gateway, self.start.uid)
         munge_key = self.controller.start()
-        tariff = Tariff(self.start.billing_unit, self.start.minimum_charge)
-        endpoint = Endpoint(tariff, self.start.spot_price_seconds)
+        billing = Billing(self.start.billing_unit, self.start.minimum_charge)
+        endpoint = Endpoint(billing, self.start.spot_price_seconds)
         port = endpoint.serve(str(subnet.gateway))
         low, high = self.start.boot_seconds
         shared = [Path(path) for path in self.start.shared]

@@ -44,6 +44,11 @@ from snakemake_executor_plugin_schlouder.localcloud.prices import Hardware, Spot
 UNSUPPORTED = {"StopInstances", "StartInstances", "RebootInstances"}
 TYPES_PER_PAGE = 100
 PRICES_PER_PAGE = 1000
+# EC2 API reference, Ensuring idempotency; EC2 user guide, Run commands at launch with user data, and
+# Tag your resources: Tag restrictions.
+MOST_TOKEN = 64
+MOST_USER_DATA = 16384
+MOST_TAGS, MOST_TAG_KEY, MOST_TAG_VALUE = 50, 128, 256
 
 Parameters = dict[str, str]
 Forward = Callable[[bytes], Response]
@@ -98,6 +103,7 @@ class Ec2:
             "RunInstances": self._run_instances,
             "TerminateInstances": self._terminate_instances,
             "GetConsoleOutput": self._console_output,
+            "RegisterImage": _register_image,
         }
         try:
             if action == "RunInstances":
@@ -173,6 +179,7 @@ class Ec2:
         injector = self.instances.injector
         if injector.faults.no_tags_on_create and tags_on_create(wanted):
             raise Refusal("UnknownParameter", "The parameter TagSpecification is not recognized")
+        _validate(wanted)
         market = wanted.get("InstanceMarketOptions.MarketType", ON_DEMAND)
         kind, zones = wanted.get("InstanceType", "m1.small"), self._zones_for(wanted)
         least, most = int(wanted.get("MinCount", "1")), int(wanted.get("MaxCount", "1"))
@@ -373,6 +380,56 @@ def hardware() -> dict[str, Hardware]:
 
 def forward_parameters(parameters: Parameters, forward: Forward) -> Response:
     return forward(urlencode(parameters).encode())
+
+
+def _validate(wanted: Parameters) -> None:
+    """The limits of a launch that moto does not know; the messages are EC2's."""
+    if len(wanted.get("ClientToken", "")) > MOST_TOKEN:
+        raise _invalid(f"Client tokens have at most {MOST_TOKEN} ASCII characters")
+    if len(base64.b64decode(wanted.get("UserData", ""))) > MOST_USER_DATA:
+        raise _invalid(f"User data is limited to {MOST_USER_DATA} bytes")
+    for tags in tags_on_create(wanted).values():
+        if len(tags) > MOST_TAGS:
+            text = "The maximum number of Tags for a resource has been reached."
+            raise Refusal("TagLimitExceeded", text)
+        for key, value in tags.items():
+            if key.lower().startswith("aws:"):
+                raise _invalid("Tag keys starting with 'aws:' are reserved for internal use")
+            if len(key) > MOST_TAG_KEY:
+                raise _invalid(f"Tag key exceeds the maximum length of {MOST_TAG_KEY} characters")
+            if len(value) > MOST_TAG_VALUE:
+                raise _invalid(
+                    f"Tag value exceeds the maximum length of {MOST_TAG_VALUE} characters"
+                )
+    _check_architecture(wanted)
+
+
+def _check_architecture(wanted: Parameters) -> None:
+    kind, image_id = wanted.get("InstanceType", "m1.small"), wanted.get("ImageId", "")
+    image = backend().amis.get(image_id)
+    if image is None or not image.architecture or kind not in INSTANCE_TYPES:
+        return
+    supported = INSTANCE_TYPES[kind]["ProcessorInfo"]["SupportedArchitectures"]
+    if image.architecture not in supported:
+        raise _invalid(
+            f"The architecture '{','.join(supported)}' of the specified instance type does not match the "
+            f"architecture '{image.architecture}' of the specified AMI. Specify an instance type and an "
+            "AMI that have matching architectures, and try again. You can use 'describe-instance-types' or "
+            "'describe-images' to discover the architecture of the instance type or AMI."
+        )
+
+
+def _invalid(message: str) -> Refusal:
+    return Refusal("InvalidParameterValue", message)
+
+
+def _register_image(parameters: Parameters, forward: Forward) -> Response:
+    """moto forgets the architecture."""
+    answer = forward_parameters(parameters, forward)
+    found = re.search(r"<imageId>(.+?)</imageId>", answer.get_data(as_text=True))
+    if found and "Architecture" in parameters:
+        backend().amis[found[1]].architecture = parameters["Architecture"]
+    return answer
 
 
 def _replay(launch: Launch, parameters: Parameters) -> Response:

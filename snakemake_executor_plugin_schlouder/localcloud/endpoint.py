@@ -26,6 +26,7 @@ from snakemake_executor_plugin_schlouder.localcloud import prices, signature
 from snakemake_executor_plugin_schlouder.localcloud.answers import (
     JSON_SERVICES,
     QUERY_SERVICES,
+    caller_identity,
     denied,
     error,
     json_answer,
@@ -43,7 +44,7 @@ from snakemake_executor_plugin_schlouder.localcloud.control import PREFIX, Contr
 from snakemake_executor_plugin_schlouder.localcloud.ec2 import Ec2, LostReply, hardware
 from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Event
 from snakemake_executor_plugin_schlouder.localcloud.instances import Instances
-from snakemake_executor_plugin_schlouder.localcloud.meter import Tariff
+from snakemake_executor_plugin_schlouder.localcloud.meter import Billing
 from snakemake_executor_plugin_schlouder.localcloud.policy import (
     ANY_RESOURCE,
     Policy,
@@ -54,7 +55,7 @@ from snakemake_executor_plugin_schlouder.localcloud.prices import PriceList, Spo
 log = logging.getLogger(__name__)
 
 USER = f"arn:aws:iam::{ACCOUNT}:user/schlouder-local"
-ALWAYS_ALLOWED = "sts:GetCallerIdentity"
+WHO_AM_I = "sts:GetCallerIdentity"
 """Needs no right, and cannot be denied (AWS STS API reference)."""
 
 Environ = dict[str, Any]
@@ -74,12 +75,13 @@ class Endpoint:
     `spot_period`: seconds between two changes of a spot price.
     """
 
-    def __init__(self, tariff: Tariff, spot_period: int) -> None:
+    def __init__(self, billing: Billing, spot_period: int) -> None:
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.RLock()
+        self._counting = threading.Lock()
         price_list = PriceList(REGION, hardware())
         self._products = price_list.products()
-        self.instances = Instances(self._lock, SpotMarket(price_list, spot_period), tariff)
+        self.instances = Instances(self._lock, SpotMarket(price_list, spot_period), billing)
         self.ec2 = Ec2(self.instances)
         self.calls: Counter[str] = Counter()
         self._control = Control(self.instances, self.calls)
@@ -123,12 +125,13 @@ class Endpoint:
             if authorization.region != REGION:
                 return error("UnsupportedOperation", f"The only region here is {REGION}.")
             return self._ec2(environ, call, caller)
-        with self._lock:
-            refusal = self._refusal(call, caller)
+        refusal = self._refusal(call, caller)
         if refusal is not None:
             return refusal
         if call.name == "pricing:GetProducts":
             return self._get_products(body)
+        if call.name == WHO_AM_I:
+            return caller_identity(caller.arn, ACCOUNT)
         return self._forward(environ, body)
 
     def _authenticate(
@@ -163,8 +166,7 @@ class Endpoint:
         def forward(body: bytes) -> Response:
             return self._forward(environ, body)
 
-        with self._lock:
-            refusal = self._refusal(call, caller)
+        refusal = self._refusal(call, caller)
         if refusal is not None:
             return refusal
         if parameters.get("DryRun") == "true":
@@ -181,17 +183,21 @@ class Endpoint:
         """The answer to a call that does not get as far as the service; None if it does."""
         injector = self.instances.injector
         if not caller.is_vm:
-            self.calls[call.name] += 1
+            with self._counting:
+                self.calls[call.name] += 1
         if injector.lacks(call.service, call.action):
             return _unknown_action(call, injector.faults.missing_code)
         if call.service == "ec2" and injector.throttles(call.action, time.time()):
             return error("RequestLimitExceeded", "Request limit exceeded.", 503)
         policy = injector.vm_policy if caller.is_vm else injector.policy
-        return None if policy is None else self._denial(policy, call, caller)
+        if policy is None or call.name == WHO_AM_I:
+            return None
+        if call.service != "ec2":
+            return self._denial(policy, call, caller)
+        with self._lock:
+            return self._denial(policy, call, caller)
 
     def _denial(self, policy: Policy, call: Call, caller: Caller) -> Response | None:
-        if call.name == ALWAYS_ALLOWED:
-            return None
         if call.name == "ec2:RunInstances":
             wanted = self.ec2.resolved(dict(call.parameters))
             call = Call(call.service, call.action, parameters=wanted)

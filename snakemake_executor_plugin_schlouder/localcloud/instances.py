@@ -30,8 +30,8 @@ from snakemake_executor_plugin_schlouder.localcloud.imds import (
     interruption_notice,
 )
 from snakemake_executor_plugin_schlouder.localcloud.meter import (
+    Billing,
     MeterEntry,
-    Tariff,
     Usage,
     metered,
 )
@@ -134,7 +134,7 @@ class VmCredentials:
 class Instances:
     lock: threading.RLock
     spot_market: SpotMarket
-    tariff: Tariff
+    billing: Billing
     hypervisor: Hypervisor | None = None
     injector: Injector = field(default_factory=lambda: Injector(Faults(), time.time()))
     credentials: dict[str, VmCredentials] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class Instances:
         """What every instance that ever was would be billed, in the order of their launches."""
         now = time.time()
         return [
-            metered(life.usage(), now, self.tariff, self.spot_market)
+            metered(life.usage(), now, self.billing, self.spot_market)
             for life in self._lives.values()
         ]
 

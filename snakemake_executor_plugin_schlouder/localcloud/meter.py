@@ -12,7 +12,7 @@ HOUR = 3600
 
 
 @dataclass(frozen=True)
-class Tariff:
+class Billing:
     """Seconds: usage is rounded up to whole units, and is never less than the minimum.
 
     Linux on EC2: 1 and 60 (EC2 user guide, Billing: per second, with a minimum of 60 seconds).
@@ -64,10 +64,10 @@ class MeterEntry:
     interrupted: bool
 
 
-def metered(usage: Usage, now: float, tariff: Tariff, market: SpotMarket) -> MeterEntry:
+def metered(usage: Usage, now: float, billing: Billing, market: SpotMarket) -> MeterEntry:
     end = int(now) if usage.ended is None else usage.ended
     seconds = max(end - usage.launched, 0)
-    billed = 0 if _is_free(usage, seconds) else tariff.billed(seconds)
+    billed = 0 if _is_free(usage, seconds) else billing.billed(seconds)
     price = market.prices.on_demand(usage.instance_type)
     usd = None if price is None else price * billed / HOUR
     if price is not None and usage.market == SPOT:
