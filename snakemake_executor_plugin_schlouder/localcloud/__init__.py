@@ -17,13 +17,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snakemake_executor_plugin_schlouder.localcloud import network, vm_init
+from snakemake_executor_plugin_schlouder.localcloud import control, network, vm_init
+from snakemake_executor_plugin_schlouder.localcloud.faults import Faults, Reclaims, Throttle
+from snakemake_executor_plugin_schlouder.localcloud.meter import MeterEntry
 from snakemake_executor_plugin_schlouder.localcloud.namespace import only_child
+
+__all__ = [
+    "Faults",
+    "LocalCloud",
+    "LocalCloudError",
+    "MeterEntry",
+    "Options",
+    "Reclaims",
+    "Throttle",
+    "check_machine",
+    "down",
+    "invoking_user",
+]
 
 STATE_ROOT = Path("/run/schlouder-local")
 STOP_SECONDS = 10.0
@@ -66,12 +82,16 @@ class Options:
     """`boot_seconds` is the range of the delay before a VM's init starts.
 
     `share` names directories that the VMs see at the same path as the host: without any, the current
-    directory and the user's home.
+    directory and the user's home. Usage is billed in whole units of `billing_unit` seconds, and for
+    `minimum_charge` seconds at least. Every spot price changes once in `spot_price_seconds`.
     """
 
     name: str = "default"
     boot_seconds: tuple[float, float] = (5.0, 5.0)
     share: Sequence[Path] = ()
+    billing_unit: int = 1
+    minimum_charge: int = 60
+    spot_price_seconds: int = 3600
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]{1,20}", self.name):
@@ -83,6 +103,12 @@ class Options:
             raise LocalCloudError(
                 f"--boot-seconds {low:g}-{high:g} is no range: give SECONDS or LOW-HIGH, such as 3-8"
             )
+        for name in ("billing_unit", "minimum_charge", "spot_price_seconds"):
+            seconds = getattr(self, name)
+            if seconds < (0 if name == "minimum_charge" else 1):
+                raise LocalCloudError(
+                    f"{name} is {seconds}: give a whole number of seconds above 0"
+                )
         for directory in self.share:
             if not directory.is_dir():
                 raise LocalCloudError(f"--share {directory} is not a directory")
@@ -178,6 +204,33 @@ class LocalCloud:
         no_proxy = ",".join(filter(None, [proxied, self.gateway]))
         return {**self._facts["environment"], "NO_PROXY": no_proxy, "no_proxy": no_proxy}
 
+    @property
+    def subnets(self) -> dict[str, str]:
+        """Availability zone → the subnet in it, the one used by default first."""
+        return dict(self._facts["subnets"])
+
+    def inject(self, faults: Faults) -> None:
+        """From now on these faults happen, and no others; `Faults()` ends them all."""
+        control.ask(self.endpoint, "PUT", "faults", faults.to_json())
+
+    def meter(self) -> list[MeterEntry]:
+        """What the provider bills, up to now, for every instance that ever was."""
+        entries = control.ask(self.endpoint, "GET", "meter")
+        return [MeterEntry(**entry) for entry in entries]
+
+    def reclaim(self, instance_id: str, notice: float = 120.0) -> None:
+        """Takes a spot instance back as EC2 does, `notice` seconds after a notice in its metadata service."""
+        order = {"instance_id": instance_id, "notice": notice}
+        control.ask(self.endpoint, "PUT", "reclaim", json.dumps(order))
+
+    def calls(self, *, reset: bool = False) -> Counter[str]:
+        """How often ordinary callers (not VMs) have called each action, such as ec2:RunInstances, refused
+        calls included; with `reset` the count begins at 0 again."""
+        counted = Counter(control.ask(self.endpoint, "GET", "calls"))
+        if reset:
+            control.ask(self.endpoint, "PUT", "calls", "{}")
+        return counted
+
     def down(self) -> None:
         """Ends everything the cloud runs and removes what it left. Nothing happens when it is not up."""
         _stop(self.folder)
@@ -205,6 +258,9 @@ class LocalCloud:
             "uid": invoking_user().pw_uid,
             "shared": [str(path) for path in _shared(options.share)],
             "boot_seconds": list(options.boot_seconds),
+            "billing_unit": options.billing_unit,
+            "minimum_charge": options.minimum_charge,
+            "spot_price_seconds": options.spot_price_seconds,
             "attached": attached,
         }
         daemon.stdin.write(json.dumps(orders).encode() + b"\n")

@@ -13,21 +13,26 @@ import signal
 import sys
 import threading
 from dataclasses import asdict, dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import boto3
 
 from snakemake_executor_plugin_schlouder.localcloud import network
+from snakemake_executor_plugin_schlouder.localcloud.authorization import REGION
 from snakemake_executor_plugin_schlouder.localcloud.controller import PARTITION, Controller
-from snakemake_executor_plugin_schlouder.localcloud.endpoint import REGION, Endpoint
+from snakemake_executor_plugin_schlouder.localcloud.endpoint import Endpoint
 from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Hypervisor
+from snakemake_executor_plugin_schlouder.localcloud.meter import Billing
 
 log = logging.getLogger(__name__)
 
 INSTANCE_TYPE = "m5.large"
 MUNGE_KEY_PARAMETER = "/schlouder/munge-key"
 ROLE = "schlouder-node"
+ZONES = [REGION + letter for letter in "abc"]
+"""The availability zones with a subnet, the preferred one first."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Start:
     uid: int
     shared: list[str]
     boot_seconds: list[float]
+    billing_unit: int
+    minimum_charge: int
+    spot_price_seconds: int
     attached: bool
 
 
@@ -58,21 +66,25 @@ class Cloud:
         subnet = network.claim(lambda claimed: self._record(bridge=claimed.bridge))
         self.controller = Controller(self.folder, subnet.gateway, self.start.uid)
         munge_key = self.controller.start()
-        endpoint = Endpoint()
+        billing = Billing(self.start.billing_unit, self.start.minimum_charge)
+        endpoint = Endpoint(billing, self.start.spot_price_seconds)
         port = endpoint.serve(str(subnet.gateway))
         low, high = self.start.boot_seconds
         shared = [Path(path) for path in self.start.shared]
         self.hypervisor = Hypervisor(subnet, self.folder, shared, (low, high), endpoint.report)
-        endpoint.hypervisor = self.hypervisor
+        endpoint.instances.hypervisor = self.hypervisor
         access = access_environment(f"http://{subnet.gateway}:{port}")
         os.environ.update(access)
-        settings = create_resources(str(subnet.cidr), munge_key)
+        zones = create_network(subnet.cidr)
+        settings = create_resources(zones, munge_key)
         self.controller.wait()
-        endpoint.default_subnet = settings["SNAKEMAKE_SCHLOUDER_SUBNETS"]
+        endpoint.ec2.zones = zones
+        endpoint.calls.clear()
         slurm = {"SLURM_CONF": str(self.controller.slurm_conf)}
         self._record(
             gateway=str(subnet.gateway),
             endpoint=access["AWS_ENDPOINT_URL"],
+            subnets=zones,
             environment={**access, **slurm, **settings},
         )
 
@@ -106,11 +118,30 @@ def access_environment(url: str) -> dict[str, str]:
     }
 
 
-def create_resources(cidr: str, munge_key: str) -> dict[str, str]:
+def create_network(cidr: IPv4Network) -> dict[str, str]:
+    """A VPC with one subnet in each of `ZONES`, in place of moto's, to which no VM is connected.
+
+    Returns zone → subnet. All of them are parts of the one network that the VMs see.
+    """
+    ec2 = boto3.client("ec2")
+    for found in ec2.describe_subnets()["Subnets"]:
+        ec2.delete_subnet(SubnetId=found["SubnetId"])
+    for vpc in ec2.describe_vpcs()["Vpcs"]:
+        ec2.delete_vpc(VpcId=vpc["VpcId"])
+    vpc_id = ec2.create_vpc(CidrBlock=str(cidr))["Vpc"]["VpcId"]
+    subnets = {}
+    for zone, part in zip(ZONES, cidr.subnets(prefixlen_diff=2), strict=False):
+        subnet = ec2.create_subnet(VpcId=vpc_id, CidrBlock=str(part), AvailabilityZone=zone)
+        subnets[zone] = subnet["Subnet"]["SubnetId"]
+        ec2.modify_subnet_attribute(SubnetId=subnets[zone], MapPublicIpOnLaunch={"Value": False})
+    return subnets
+
+
+def create_resources(zones: dict[str, str], munge_key: str) -> dict[str, str]:
     """What an administrator prepares once in a real account; returns it as the plugin's settings."""
     ec2 = boto3.client("ec2")
-    vpc = ec2.create_vpc(CidrBlock=cidr)["Vpc"]["VpcId"]
-    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock=cidr)["Subnet"]["SubnetId"]
+    subnet = zones[ZONES[0]]
+    vpc = ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
     group = ec2.create_security_group(VpcId=vpc, GroupName=ROLE, Description="Slurm nodes")
     image = ec2.register_image(Name=ROLE, Architecture="x86_64", RootDeviceName="/dev/sda1")
     create_profile()

@@ -1,74 +1,90 @@
-"""The EC2, SSM and IAM endpoint: moto's server, and around it the EC2 behaviour that moto lacks.
+"""The AWS endpoint of an embedded cloud: moto's server, and around it what moto lacks.
 
-moto answers every call. This module adds the life of an instance (pending, running, shutting-down,
-terminated, in step with a real VM), ClientToken, and the console output.
+This module receives calls, tells who calls, and decides whether the call may go on (throttling, policies,
+missing actions); `ec2` and `instances` hold what EC2 then does, and `control` is how tests reach into it.
 """
 
 from __future__ import annotations
 
-import base64
 import io
+import json
 import logging
-import secrets
+import socket
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Protocol
-from urllib.parse import parse_qsl, urlencode
-from xml.sax.saxutils import escape
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
 
-from moto.core import DEFAULT_ACCOUNT_ID
-from moto.ec2.models import ec2_backends
-from moto.ec2.models.instances import StateReason
 from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Response
 
-from snakemake_executor_plugin_schlouder.localcloud import signature
+from snakemake_executor_plugin_schlouder.localcloud import prices, signature
+from snakemake_executor_plugin_schlouder.localcloud.answers import (
+    JSON_SERVICES,
+    QUERY_SERVICES,
+    caller_identity,
+    denied,
+    error,
+    json_answer,
+    service_error,
+)
+from snakemake_executor_plugin_schlouder.localcloud.authorization import (
+    ACCOUNT,
+    REGION,
+    Call,
+    parameter_arn,
+    requests,
+    s3_call,
+)
+from snakemake_executor_plugin_schlouder.localcloud.control import PREFIX, Control
+from snakemake_executor_plugin_schlouder.localcloud.ec2 import Ec2, LostReply, hardware
 from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Event
-from snakemake_executor_plugin_schlouder.localcloud.imds import Credentials, Machine
+from snakemake_executor_plugin_schlouder.localcloud.instances import Instances
+from snakemake_executor_plugin_schlouder.localcloud.meter import Billing
+from snakemake_executor_plugin_schlouder.localcloud.policy import (
+    ANY_RESOURCE,
+    Policy,
+    not_authorized,
+)
+from snakemake_executor_plugin_schlouder.localcloud.prices import PriceList, SpotMarket
 
 log = logging.getLogger(__name__)
 
-REGION = "us-east-1"
-PENDING, RUNNING, SHUTTING_DOWN = ("pending", 0), ("running", 16), ("shutting-down", 32)
-ENDED = ("shutting-down", "terminated")
-WITHOUT_VM = ("stopped", "terminated")
-# A VM's disk is memory and ends with it, as an instance store does; EC2 refuses these for such instances too.
-UNSUPPORTED = {"StopInstances", "StartInstances", "RebootInstances"}
+USER = f"arn:aws:iam::{ACCOUNT}:user/schlouder-local"
+WHO_AM_I = "sts:GetCallerIdentity"
+"""Needs no right, and cannot be denied (AWS STS API reference)."""
 
 Environ = dict[str, Any]
-Parameters = dict[str, str]
-
-
-class Hypervisor(Protocol):
-    """Every method returns at once: they are called while the EC2 lock is held."""
-
-    def launch(self, machine: Machine) -> None: ...
-    def terminate(self, instance_id: str) -> None: ...
-    def console(self, instance_id: str) -> bytes: ...
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A RunInstances call that succeeded under a ClientToken."""
+class Caller:
+    """Who signed a request: an ordinary caller, or a VM with its temporary credentials."""
 
-    parameters: Parameters
-    answer: bytes
-    instances: list[Any]
+    arn: str
+    is_vm: bool = False
 
 
-@dataclass
 class Endpoint:
-    """A WSGI application. EC2 requests are served one at a time, because moto's EC2 state has no lock."""
+    """A WSGI application. EC2 requests are served one at a time, because moto's EC2 state has no lock.
 
-    hypervisor: Hypervisor | None = None
-    default_subnet: str = ""
-    _moto: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-    _launches: dict[str, Launch] = field(default_factory=dict)
-    _credentials: dict[str, Credentials] = field(default_factory=dict)
+    `spot_period`: seconds between two changes of a spot price.
+    """
+
+    def __init__(self, billing: Billing, spot_period: int) -> None:
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.RLock()
+        self._counting = threading.Lock()
+        price_list = PriceList(REGION, hardware())
+        self._products = price_list.products()
+        self.instances = Instances(self._lock, SpotMarket(price_list, spot_period), billing)
+        self.ec2 = Ec2(self.instances)
+        self.calls: Counter[str] = Counter()
+        self._control = Control(self.instances, self.calls)
 
     def serve(self, address: str) -> int:
         """Serves on a free port of `address` from now on; returns the port."""
@@ -79,45 +95,54 @@ class Endpoint:
 
     def report(self, instance_id: str, event: Event) -> None:
         """The hypervisor's news about an instance."""
-        with self._lock:
-            instance = _backend().get_instance(instance_id)
-            if event is not Event.RUNNING:
-                _end(instance, event)
-            elif instance.state == "pending":
-                _set_state(instance, RUNNING)
+        self.instances.report(instance_id, event)
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         try:
             answer = self._answer(environ, body)
+        except LostReply:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            # Of such an error the server says nothing.
+            raise ConnectionAbortedError("a reply that is meant to be lost") from None
         except Exception:
             log.exception("request failed")
-            answer = _error("InternalError", "An internal error has occurred", 500)
+            answer = error("InternalError", "An internal error has occurred", 500)
         return answer(environ, start_response)  # type: ignore[no-any-return]
 
     def _answer(self, environ: Environ, body: bytes) -> Response:
+        if environ["PATH_INFO"].startswith(PREFIX):
+            with self._lock:
+                return self._control.answer(environ["REQUEST_METHOD"], environ["PATH_INFO"], body)
         authorization = signature.Authorization.parse(environ.get("HTTP_AUTHORIZATION", ""))
         if authorization is None:
             return self._forward(environ, body)
-        if not self._is_authentic(environ, body, authorization):
+        caller = self._authenticate(environ, body, authorization)
+        if caller is None:
             return Response('{"__type":"InvalidSignatureException"}', 400)
-        if authorization.service != "ec2":
-            return self._forward(environ, body)
-        parameters = dict(parse_qsl(body.decode(), keep_blank_values=True))
-        with self._lock:
+        call = _call(authorization.service, environ, body)
+        if authorization.service == "ec2":
             if authorization.region != REGION:
-                return _error("UnsupportedOperation", f"The only region here is {REGION}.")
-            return self._ec2(environ, parameters)
+                return error("UnsupportedOperation", f"The only region here is {REGION}.")
+            return self._ec2(environ, call, caller)
+        refusal = self._refusal(call, caller)
+        if refusal is not None:
+            return refusal
+        if call.name == "pricing:GetProducts":
+            return self._get_products(body)
+        if call.name == WHO_AM_I:
+            return caller_identity(caller.arn, ACCOUNT)
+        return self._forward(environ, body)
 
-    def _is_authentic(
+    def _authenticate(
         self, environ: Environ, body: bytes, authorization: signature.Authorization
-    ) -> bool:
-        """Only temporary credentials (ASIA...) are looked at; they are a VM's."""
+    ) -> Caller | None:
+        """Only temporary credentials (ASIA...) are looked at; they are a VM's. None if they are wrong."""
         if not authorization.access_key.startswith("ASIA"):
-            return True
-        credentials = self._credentials.get(authorization.access_key)
-        if credentials is None:
-            return False
+            return Caller(USER)
+        known = self.instances.credentials.get(authorization.access_key)
+        if known is None:
+            return None
         headers = {
             name.removeprefix("HTTP_").replace("_", "-").lower(): value
             for name, value in environ.items()
@@ -130,171 +155,89 @@ class Endpoint:
             headers,
             body,
         )
-        return signature.is_valid(request, authorization, credentials.secret_key, credentials.token)
-
-    def _ec2(self, environ: Environ, parameters: Parameters) -> Response:
-        action = parameters.get("Action", "")
-        if action in UNSUPPORTED:
-            return _error("UnsupportedOperation", f"{action} does not work on these instances.")
-        handlers: dict[str, Callable[[Environ, Parameters], Response]] = {
-            "RunInstances": self._run_instances,
-            "TerminateInstances": self._terminate_instances,
-            "GetConsoleOutput": self._console_output,
-        }
-        handler = handlers.get(action, self._forward_parameters)
-        return handler(environ, parameters)
-
-    def _run_instances(self, environ: Environ, parameters: Parameters) -> Response:
-        token = parameters.get("ClientToken", "")
-        if token in self._launches:
-            return _replay(self._launches[token], parameters)
-        backend = _backend()
-        before = set(backend.reservations)
-        answer = self._forward_parameters(environ, self._complete(parameters))
-        created = [backend.reservations[name] for name in backend.reservations.keys() - before]
-        if answer.status_code != 200:
-            # moto registers the reservation before it looks at the subnet.
-            for reservation in created:
-                del backend.reservations[reservation.id]
-            return _as_ec2_says(answer)
-        instances = [instance for reservation in created for instance in reservation.instances]
-        self._give_profile(instances, parameters)
-        for instance in instances:
-            _set_state(instance, PENDING)
-            self._launch(instance)
-        if token:
-            self._launches[token] = Launch(parameters, answer.get_data(), instances)
-        return answer
-
-    def _complete(self, parameters: Parameters) -> Parameters:
-        """moto starts MinCount instances; EC2 starts MaxCount when it can."""
-        completed = {**parameters, "MinCount": parameters.get("MaxCount", "1")}
-        if not any(name.endswith("SubnetId") for name in parameters):
-            completed["SubnetId"] = self.default_subnet
-        return completed
-
-    def _give_profile(self, instances: list[Any], parameters: Parameters) -> None:
-        """moto gives the instance profile to the first instance only."""
-        name, arn = (parameters.get(f"IamInstanceProfile.{key}") for key in ("Name", "Arn"))
-        if name or arn:
-            for instance in instances[1:]:
-                _backend().associate_iam_instance_profile(instance.id, name, arn)
-
-    def _launch(self, instance: Any) -> None:
-        assert self.hypervisor is not None
-        user_data = instance.user_data
-        self.hypervisor.launch(
-            Machine(
-                instance_id=instance.id,
-                instance_type=instance.instance_type,
-                image_id=instance.image_id,
-                address=instance.private_ip_address,
-                launch_index=instance.ami_launch_index,
-                zone=instance.availability_zone,
-                user_data=None if user_data is None else base64.b64decode(str(user_data)),
-                credentials=self._issue_credentials(instance.id),
-            )
-        )
-
-    def _issue_credentials(self, instance_id: str) -> Credentials | None:
-        association = _backend().iam_instance_profile_associations.get(instance_id)
-        if association is None:
+        secret, token = known.credentials.secret_key, known.credentials.token
+        if not signature.is_valid(request, authorization, secret, token):
             return None
-        credentials = Credentials(
-            role=association.iam_instance_profile.roles[0].name,
-            access_key="ASIA" + base64.b32encode(secrets.token_bytes(10)).decode(),
-            secret_key=base64.b64encode(secrets.token_bytes(30)).decode(),
-            token=base64.b64encode(secrets.token_bytes(180)).decode(),
-        )
-        self._credentials[credentials.access_key] = credentials
-        return credentials
+        return Caller(known.arn, is_vm=True)
 
-    def _terminate_instances(self, environ: Environ, parameters: Parameters) -> Response:
-        alive = {i.id: i for i in _backend().all_instances() if i.state not in WITHOUT_VM}
-        answer = self._forward_parameters(environ, parameters)
-        if answer.status_code == 200:
-            for name, instance_id in parameters.items():
-                if name.startswith("InstanceId.") and instance_id in alive:
-                    _set_state(alive[instance_id], SHUTTING_DOWN)
-                    assert self.hypervisor is not None
-                    self.hypervisor.terminate(instance_id)
-        return answer
+    def _ec2(self, environ: Environ, call: Call, caller: Caller) -> Response:
+        parameters = dict(call.parameters)
 
-    def _console_output(self, environ: Environ, parameters: Parameters) -> Response:
-        instance_id = parameters.get("InstanceId", "")
-        if _backend().get_instance_by_id(instance_id) is None:
-            return self._forward_parameters(environ, parameters)
-        assert self.hypervisor is not None
-        output = base64.b64encode(self.hypervisor.console(instance_id)).decode()
-        return _xml(
-            "<GetConsoleOutputResponse xmlns='http://ec2.amazonaws.com/doc/2016-11-15/'>"
-            f"<requestId>{secrets.token_hex(16)}</requestId><instanceId>{instance_id}</instanceId>"
-            f"<timestamp>{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.000Z}</timestamp>"
-            f"<output>{output}</output></GetConsoleOutputResponse>"
-        )
+        def forward(body: bytes) -> Response:
+            return self._forward(environ, body)
 
-    def _forward_parameters(self, environ: Environ, parameters: Parameters) -> Response:
-        return self._forward(environ, urlencode(parameters).encode())
+        refusal = self._refusal(call, caller)
+        if refusal is not None:
+            return refusal
+        if parameters.get("DryRun") == "true":
+            # EC2 API reference, Common query parameters: with the rights to do it, this is the answer.
+            text = "Request would have succeeded, but DryRun flag is set."
+            return error("DryRunOperation", text, 412)
+        answer = self.ec2.answer_unlocked(parameters, forward)
+        if answer is not None:
+            return answer
+        with self._lock:
+            return self.ec2.answer(parameters, forward)
+
+    def _refusal(self, call: Call, caller: Caller) -> Response | None:
+        """The answer to a call that does not get as far as the service; None if it does."""
+        injector = self.instances.injector
+        if not caller.is_vm:
+            with self._counting:
+                self.calls[call.name] += 1
+        if injector.lacks(call.service, call.action):
+            return _unknown_action(call, injector.faults.missing_code)
+        if call.service == "ec2" and injector.throttles(call.action, time.time()):
+            return error("RequestLimitExceeded", "Request limit exceeded.", 503)
+        policy = injector.vm_policy if caller.is_vm else injector.policy
+        if policy is None or call.name == WHO_AM_I:
+            return None
+        if call.service != "ec2":
+            return self._denial(policy, call, caller)
+        with self._lock:
+            return self._denial(policy, call, caller)
+
+    def _denial(self, policy: Policy, call: Call, caller: Caller) -> Response | None:
+        if call.name == "ec2:RunInstances":
+            wanted = self.ec2.resolved(dict(call.parameters))
+            call = Call(call.service, call.action, parameters=wanted)
+        for request in requests(call, self.ec2.lookup()):
+            reason = policy.refusal(request)
+            if reason is not None:
+                return denied(call.service, not_authorized(caller.arn, request, reason))
+        return None
+
+    def _get_products(self, body: bytes) -> Response:
+        try:
+            return json_answer(prices.get_products(self._products, json.loads(body)))
+        except prices.PricingError as problem:
+            return service_error("pricing", problem.code, str(problem))
 
     def _forward(self, environ: Environ, body: bytes) -> Response:
         inner = {**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
         return Response.from_app(self._moto, inner, buffered=True)
 
 
-def _backend() -> Any:
-    return ec2_backends[DEFAULT_ACCOUNT_ID][REGION]
-
-
-def _replay(launch: Launch, parameters: Parameters) -> Response:
-    if parameters != launch.parameters:
-        return _error(
-            "IdempotentParameterMismatch",
-            "Arguments on this idempotent request are inconsistent with arguments used in previous requests.",
+def _call(service: str, environ: Environ, body: bytes) -> Call:
+    """What is asked for, as far as the protocol of the service tells it."""
+    if service == "s3":
+        return s3_call(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", "")
         )
-    if all(instance.state in ENDED for instance in launch.instances):
-        return _error(
-            "IdempotentInstanceTerminated",
-            "Request resulted in a terminated instance, please use a different ClientToken.",
-        )
-    return _xml(launch.answer.decode())
+    if service in JSON_SERVICES:
+        action = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
+        name = json.loads(body or "{}").get("Name") if service == "ssm" else None
+        return Call(service, action, parameter_arn(name) if name else ANY_RESOURCE)
+    if service == "ec2" or service in QUERY_SERVICES:
+        parameters = dict(parse_qsl(body.decode(), keep_blank_values=True))
+        return Call(service, parameters.get("Action", ""), parameters=parameters)
+    return Call(service, environ["PATH_INFO"])
 
 
-def _as_ec2_says(refusal: Response) -> Response:
-    """moto passes on IAM's own code for an instance profile that does not exist."""
-    if b"<Code>NoSuchEntity</Code>" not in refusal.get_data():
-        return refusal
-    return _error("InvalidParameterValue", "Invalid IAM Instance Profile name or ARN")
-
-
-def _set_state(instance: Any, state: tuple[str, int]) -> None:
-    instance._state.name, instance._state.code = state
-
-
-def _end(instance: Any, event: Event) -> None:
-    """Brings an instance whose VM is gone to its final state, and frees its address."""
-    behavior = instance.instance_initiated_shutdown_behavior
-    if event is Event.POWERED_OFF and behavior == "stop":
-        instance.stop()
-    else:
-        instance.terminate()
-        # moto frees it only when Python collects the instance, which the list of reservations prevents.
-        _backend().get_subnet(instance.subnet_id).del_subnet_ip(instance.private_ip_address)
-    if event is Event.POWERED_OFF:
-        code, text = "Client.InstanceInitiatedShutdown", "Instance initiated shutdown"
-    elif event is Event.FAILED:
-        code, text = "Server.InternalError", "Internal error on launch"
-    else:
-        return
-    instance.state_reason = StateReason(f"{code}: {text}", code)
-
-
-def _error(code: str, message: str, status: int = 400) -> Response:
-    return _xml(
-        f"<Response><Errors><Error><Code>{code}</Code><Message>{escape(message)}</Message></Error></Errors>"
-        f"<RequestID>{secrets.token_hex(16)}</RequestID></Response>",
-        status,
-    )
-
-
-def _xml(text: str, status: int = 200) -> Response:
-    return Response(text, status, content_type="text/xml;charset=UTF-8")
+def _unknown_action(call: Call, code: str) -> Response:
+    if call.service == "ec2" and code == "InvalidRequest":
+        return error(code, "The request received was invalid.")
+    if call.service in JSON_SERVICES:
+        return service_error(call.service, "UnknownOperationException", call.action)
+    message = f"The action {call.action} is not valid for this web service."
+    return service_error(call.service, code, message)

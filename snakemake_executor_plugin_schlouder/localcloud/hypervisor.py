@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address
@@ -60,6 +60,11 @@ class Hypervisor:
         if vm := self._vms.get(instance_id):
             vm.terminate()
 
+    def notify(self, instance_id: str, notices: Mapping[str, bytes]) -> None:
+        """Adds documents to the VM's metadata service; an unknown or ended VM is left alone."""
+        if vm := self._vms.get(instance_id):
+            vm.notices.update(notices)
+
     def console(self, instance_id: str) -> bytes:
         """The last 64 KiB of the VM's console, as GetConsoleOutput gives them."""
         path = self.console_path(instance_id)
@@ -90,6 +95,7 @@ class _VM(threading.Thread):
         self.delay = delay
         self.doomed = threading.Event()
         self.lock = threading.Lock()
+        self.notices: dict[str, bytes] = {}
         self.init: int | None = None
         """A pidfd of the VM's first process while there is one: a pid could be somebody else's by now."""
 
@@ -126,7 +132,7 @@ class _VM(threading.Thread):
                 self.terminate()
             else:
                 network.connect(self.hypervisor.subnet, address, pid)
-                metadata = MetadataServer(self.machine, pid)
+                metadata = MetadataServer(self.machine, pid, self.notices)
                 self.hypervisor.report(self.machine.instance_id, Event.RUNNING)
             code = process.wait()
         except Exception:
@@ -149,6 +155,7 @@ class _VM(threading.Thread):
             "hostname": self.machine.hostname,
             "address": self.machine.address,
             "shared": [str(path) for path in self.hypervisor.shared],
+            "hangs": self.machine.hangs,
         }
         init = [sys.executable, "-I", "-S", vm_init.__file__, json.dumps(config)]
         path = self.hypervisor.console_path(self.machine.instance_id)

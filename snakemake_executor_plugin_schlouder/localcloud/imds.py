@@ -7,6 +7,7 @@ import secrets
 import socket
 import socketserver
 import threading
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -58,6 +59,9 @@ class Machine:
     zone: str
     user_data: bytes | None
     credentials: Credentials | None = None
+    life_cycle: str = "on-demand"
+    hangs: bool = False
+    """It boots, but never gets as far as its user data."""
 
     @property
     def hostname(self) -> str:
@@ -73,6 +77,7 @@ def documents(machine: Machine) -> dict[str, bytes]:
         "meta-data/ami-launch-index": str(machine.launch_index),
         "meta-data/local-ipv4": machine.address,
         "meta-data/local-hostname": machine.hostname,
+        "meta-data/instance-life-cycle": machine.life_cycle,
         "meta-data/placement/availability-zone": machine.zone,
         "meta-data/placement/region": machine.zone[:-1],
     }
@@ -86,17 +91,35 @@ def documents(machine: Machine) -> dict[str, bytes]:
     return bodies
 
 
+def interruption_notice(noticed: datetime, ends: datetime) -> dict[str, bytes]:
+    """What a spot VM finds from `noticed` on; before, these paths do not exist.
+
+    EC2 user guide, Spot Instance interruption notices and EC2 instance rebalance recommendations.
+    """
+    end = f"{ends:%Y-%m-%dT%H:%M:%SZ}"
+    return {
+        "meta-data/spot/instance-action": json.dumps({"action": "terminate", "time": end}).encode(),
+        "meta-data/spot/termination-time": end.encode(),
+        "meta-data/events/recommendations/rebalance": json.dumps(
+            {"noticeTime": f"{noticed:%Y-%m-%dT%H:%M:%SZ}"}
+        ).encode(),
+    }
+
+
 class MetadataServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves from this process on a socket that lives in the VM's network namespace."""
+    """Serves from this process on a socket that lives in the VM's network namespace.
+
+    `notices` are documents that may appear while the VM runs.
+    """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, machine: Machine, pid: int) -> None:
+    def __init__(self, machine: Machine, pid: int, notices: dict[str, bytes]) -> None:
         super().__init__((METADATA_ADDRESS, 80), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = in_network_of(pid, _listen)
-        self.documents: Mapping[str, bytes] = documents(machine)
+        self.documents: Mapping[str, bytes] = ChainMap(notices, documents(machine))
         self.tokens: set[str] = set()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 

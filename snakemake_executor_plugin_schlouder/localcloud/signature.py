@@ -48,7 +48,7 @@ class Authorization:
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """What a signature covers; header names in lower case."""
+    """What a signature covers; header names in lower case, the path as WSGI gives it (bytes as Latin-1)."""
 
     method: str
     path: str
@@ -93,11 +93,20 @@ def _canonical(request: SignedRequest, signed_headers: tuple[str, ...]) -> str:
     return "\n".join(
         [
             request.method,
-            quote(request.path, safe="/-_.~"),
+            quote(request.path.encode("latin-1"), safe="/-_.~"),
             query,
             *headers,
             "",
             ";".join(signed_headers),
-            hashlib.sha256(request.body).hexdigest(),
+            _payload_hash(request),
         ]
     )
+
+
+def _payload_hash(request: SignedRequest) -> str:
+    """S3 signs what this header says, which may be that the body is not signed at all (S3 API reference,
+    Authenticating requests)."""
+    declared = request.headers.get("x-amz-content-sha256", "")
+    actual = hashlib.sha256(request.body).hexdigest()
+    is_digest = re.fullmatch(r"[0-9a-f]{64}", declared) is not None
+    return actual if is_digest or not declared else declared

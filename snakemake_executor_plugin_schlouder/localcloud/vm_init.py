@@ -4,7 +4,7 @@ It builds the VM's root over the host's, enters it, runs the user data as cloud-
 then reaps orphans until SIGTERM powers the VM off. Standard library only: it runs with `python -I -S`.
 
 The one argument is JSON: `scratch` (an empty directory of the host), `hostname`, `address`, `shared`
-(directories that the VM sees as the host does).
+(directories that the VM sees as the host does), `hangs` (whether it never gets as far as its user data).
 """
 
 import ctypes
@@ -55,6 +55,9 @@ def main() -> NoReturn:
         share(root, directory)
     enter(root)
     libc.sethostname(config["hostname"].encode(), len(config["hostname"]))
+    if config["hangs"]:
+        print("Failed to start cloud-init: time-out; user data was not run", flush=True)
+        reap(0)
     reap(run_user_data())
 
 
