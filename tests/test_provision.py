@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
 from workflows import wait_for
 
-from snakemake_executor_plugin_schlouder import provision
+from snakemake_executor_plugin_schlouder import catalog, provision
 from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, InstanceType, SchlouderError
@@ -158,6 +159,24 @@ def test_terminating_nothing_asks_nothing(ec2: Ec2Cloud) -> None:
     instance = launched(ec2, 1)
     ec2.terminate([])
     assert [i.id for i in ec2.instances(run_of(ec2)) if i.is_alive] == [instance.id]
+
+
+@pytest.mark.integration
+def test_a_clouds_catalog_is_asked_through_its_endpoint(
+    ec2: Ec2Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has types and spot prices, but no price list."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    warnings: list[str] = []
+    asked = catalog.connect(ec2.client, "", warnings.append)
+    (kind,) = asked.types(["m5.4xlarge"], "x86_64")
+    assert kind == InstanceType("m5.4xlarge", 16, 65536)
+    assert asked.offerings([kind], ["us-east-1a"]) == {("m5.4xlarge", "us-east-1a")}
+    tariff = asked.tariff([kind], ["us-east-1a"], "", [ON_DEMAND, SPOT])
+    assert tariff.price(kind.name) is None
+    assert (tariff.price(kind.name, SPOT) or 0) > 0
+    assert [line.partition(": ")[0] for line in warnings] == ["the price of m5.4xlarge is unknown"]
+    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["schlouder"]
 
 
 @pytest.mark.integration
