@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bench.cells import strategy_rows
+from bench.choice import choice_rows
 from bench.forecasts import forecast_rows
 from bench.live import live_rows
 from bench.rows import Row, finish
@@ -106,6 +107,7 @@ if __name__ == "__main__":
         *forecast_rows(TRACES),
         *scale_rows(),
         *own_rows(),
+        *choice_rows(),
         *live_rows(),
     ]
     sys.exit(finish(rows, Path("build/acceptance.json")))
