@@ -148,8 +148,8 @@ def user_data(
         "NODE_CONF": node_configuration(instance_type),
         "MARKET": market,
         "CONTROLLER": join.controller,
-        "OLDEST_SLURMD": _release_name(oldest_slurmd(join.slurm)),
-        "NEWEST_SLURMD": _release_name(join.slurm),
+        "OLDEST_SLURMD": release_name(oldest_slurmd(join.slurm)),
+        "NEWEST_SLURMD": release_name(join.slurm),
         "AUTH": join.auth,
         "MUNGE_SOCKET": join.munge_socket,
         "KEY_SERVICE": key.service,
@@ -166,6 +166,6 @@ def user_data(
     return text
 
 
-def _release_name(release: tuple[int, int]) -> str:
+def release_name(release: tuple[int, int]) -> str:
     """As Slurm writes it: 22.05."""
     return f"{release[0]}.{release[1]:02}"
