@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands)
     _add_replay(commands)
     _add_local(commands)
+    _add_init(commands)
     return parser
 
 
@@ -132,6 +133,56 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="directories that the VMs share with this machine "
         "(default: the current directory and your home)",
     )
+
+
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write what an administrator needs to set schlouder up on an AWS account",
+        description="Writes slurm.conf lines, IAM policies, the user data of VMs, a Snakemake profile, and a "
+        "README that says what to do with each. Touches neither AWS nor Slurm.",
+    )
+    init.add_argument("directory", type=Path, metavar="DIRECTORY")
+    for name, metavar, text in (
+        ("region", "REGION", "AWS region"),
+        ("account", "ID", "AWS account, 12 digits"),
+        ("image", "AMI", "machine image of the VMs"),
+        ("subnet", "SUBNET", "subnet of the VMs"),
+        ("security-groups", "SG[,SG...]", "security groups of the VMs"),
+        ("controller", "HOST:PORT", "where VMs reach slurmctld"),
+        ("cluster-key", "ssm:/NAME|secretsmanager:NAME", "where VMs find munge.key or slurm.key"),
+        ("kms-key", "ARN", "the KMS key of your own that encrypts it"),
+        ("vm-role", "NAME", "IAM role and instance profile of the VMs"),
+        ("partition", "NAME", "Slurm partition of the VMs"),
+        ("instance-types", "TYPE[,TYPE...]", "allowed instance types"),
+        ("mount", "SERVER:/PATH=/MOUNTPOINT[,OPTION...]", "NFS file systems that VMs mount"),
+        ("auth", "munge|slurm", "AuthType of slurm.conf"),
+        ("slurm", "RELEASE", "release of slurmctld; default: that of the Slurm installed here"),
+    ):
+        init.add_argument(f"--{name}", metavar=metavar, help=text)
+    init.add_argument("--max-nodes", type=int, metavar="N", help="most nodes Slurm may ever have")
+    init.add_argument("--force", action="store_true", help="replace files that are there")
+    init.set_defaults(action=_init)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from snakemake_executor_plugin_schlouder import init
+    from snakemake_executor_plugin_schlouder.model import SchlouderError
+
+    values = {field.name: getattr(arguments, field.name) for field in fields(init.Site)}
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        written = init.write(arguments.directory, init.Site(**given), arguments.force)
+    except SchlouderError as error:
+        return _fail(error)
+    print("\n".join(map(str, written)))
+    left = [f"--{name.replace('_', '-')}" for name in init.PLACEHOLDERS if name not in given]
+    if left:
+        print(f"placeholders stand for {', '.join(left)}", file=sys.stderr)
+    print(f"what to do with them, in order: {written[0]}", file=sys.stderr)
+    return 0
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

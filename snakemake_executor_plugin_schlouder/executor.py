@@ -39,6 +39,7 @@ from .dag import Dag, dependencies, members_of
 from .ec2_account import Ec2Settings
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
+from .joining import Join
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
 from .launcher import Limits
 from .model import (
@@ -56,7 +57,7 @@ from .offers import Offers
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Cloud, Ec2Cloud, Join, connect
+from .provision import Cloud, Ec2Cloud, connect
 from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
@@ -250,7 +251,14 @@ class Executor(RemoteExecutor):
         commands = SlurmCommands(config.partition, self.envvars())
         info = commands.check()
         cluster = choose(config.slurm_api, commands, info, self.logger)
-        join = Join(info.controller, info.munge_socket, config.munge_key_parameter)
+        join = Join(
+            info.controller,
+            info.munge_socket,
+            config.cluster_key,
+            info.auth,
+            info.version,
+            config.mounts,
+        )
         cloud = connect(_ec2_settings(config), join, _owner(), self.logger.warning)
         offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
         market = self._market(asked, cloud, offered)

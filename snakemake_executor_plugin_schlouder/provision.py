@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .ec2_account import (
@@ -30,6 +28,7 @@ from .ec2_account import (
     survey,
 )
 from .ec2_errors import Ec2Error, Meaning, quota_text, rights_text
+from .joining import ClusterKey, Join, user_data
 from .model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 
 if TYPE_CHECKING:
@@ -144,15 +143,6 @@ class Cloud(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Join:
-    """What a VM must know to join Slurm as a node."""
-
-    controller: str
-    munge_socket: str
-    munge_key_parameter: str
-
-
 def client_token(
     run: str, batch: Sequence[str], type_name: str, market: str, zone: str, attempt: int
 ) -> str:
@@ -169,32 +159,6 @@ def _mark(run: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
-
-
-def node_configuration(instance_type: InstanceType) -> str:
-    """What slurmd -Z declares; less memory than the type has, or Slurm drains the node (R20)."""
-    return (
-        f"CPUs={instance_type.cpus} RealMemory={instance_type.node_memory} "
-        f"Feature={','.join(instance_type.features)}"
-    )
-
-
-def user_data(
-    join: Join, region: str, ssm_endpoint: str, node: str, instance_type: InstanceType
-) -> str:
-    """The script a VM runs at first boot: assignments, then `templates/join.sh` as it is."""
-    assignments = {
-        "SCHLOUDER_NODE": node,
-        "SCHLOUDER_NODE_CONF": node_configuration(instance_type),
-        "SCHLOUDER_CONTROLLER": join.controller,
-        "SCHLOUDER_MUNGE_SOCKET": join.munge_socket,
-        "SCHLOUDER_MUNGE_KEY_PARAMETER": join.munge_key_parameter,
-        "SCHLOUDER_REGION": region,
-        "SCHLOUDER_SSM_ENDPOINT": ssm_endpoint,
-    }
-    lines = [f"{name}={shlex.quote(value)}" for name, value in assignments.items()]
-    body = resources.files(__package__).joinpath("templates/join.sh").read_text()
-    return "\n".join(["#!/bin/sh", *lines, body])
 
 
 @dataclass(frozen=True)
@@ -568,11 +532,11 @@ def connect(
     patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
     single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
     ec2, launcher = make_client(session, "ec2", patient), make_client(session, "ec2", single)
-    endpoint = make_client(session, "ssm", patient).meta.endpoint_url
+    service = ClusterKey.parse(join.key).service
+    endpoint = make_client(session, service, patient).meta.endpoint_url
 
     def script(nodes: Sequence[str], instance_type: InstanceType, market: str) -> str:
-        (node,) = nodes
-        return user_data(join, session.region_name, endpoint, node, instance_type)
+        return user_data(join, session.region_name, endpoint, nodes, instance_type, market)
 
     findings = Findings()
     place = survey(ec2, settings, findings, warn)

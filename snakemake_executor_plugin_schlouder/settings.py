@@ -16,6 +16,7 @@ from typing import Any, Optional, TypeVar
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
+from .joining import ClusterKey, Mount, parse_mounts
 from .model import NEVER, ONLY, PREFER, Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known
@@ -164,7 +165,8 @@ class ExecutorSettings(ExecutorSettingsBase):
     image: Optional[str] = field(
         default=None,
         metadata=_setting(
-            "Machine image (AMI) with munge and slurmd; see the docs.", metavar="AMI"
+            "Machine image (AMI): one with munge and slurmd, or of Debian 12 or Ubuntu 24.04; see the docs.",
+            metavar="AMI",
         ),
     )
     launch_template: Optional[str] = field(
@@ -193,7 +195,8 @@ class ExecutorSettings(ExecutorSettingsBase):
     instance_profile: Optional[str] = field(
         default=None,
         metadata=_setting(
-            "Instance profile (name or ARN) with which a VM reads the munge key.", metavar="NAME"
+            "Instance profile (name or ARN) with which a VM reads the cluster's key.",
+            metavar="NAME",
         ),
     )
     volume_size: Optional[int] = field(
@@ -213,11 +216,20 @@ class ExecutorSettings(ExecutorSettingsBase):
     region: Optional[str] = field(
         default=None, metadata=_setting("AWS region; default: boto3's.", metavar="REGION")
     )
-    munge_key_parameter: Optional[str] = field(
-        default="/schlouder/munge-key",
+    cluster_key: Optional[str] = field(
+        default="ssm:/schlouder/munge-key",
         metadata=_setting(
-            "SSM parameter (SecureString) that holds the cluster's munge key, base64.",
-            metavar="NAME",
+            "Where VMs find the cluster's munge.key (slurm.key with AuthType=auth/slurm), base64: a "
+            "parameter (SecureString) of the SSM Parameter Store, or a secret of the Secrets Manager.",
+            metavar="ssm:/NAME|secretsmanager:NAME",
+        ),
+    )
+    mount: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "NFS file systems (EFS among them) that VMs mount before they take jobs, separated by commas "
+            "or blanks.",
+            metavar="SERVER:/PATH=/MOUNTPOINT[,OPTION...]",
         ),
     )
     partition: Optional[str] = field(
@@ -286,7 +298,8 @@ class Config:
     volume_encrypted: bool
     tags: tuple[tuple[str, str], ...]
     region: str
-    munge_key_parameter: str
+    cluster_key: str
+    mounts: tuple[Mount, ...]
     partition: str
     slurm_api: str
     boot_timeout: float
@@ -315,6 +328,7 @@ def validated(settings: ExecutorSettings) -> Config:
     problems = [*_wrong_names(settings), *_wrong_numbers(settings)]
     goal = _goal(settings, problems)
     tags = _tags(settings.tags, problems)
+    mounts = _mounts(settings.mount, problems)
     if problems:
         raise SchlouderError("\n".join(problems))
     return Config(
@@ -346,7 +360,8 @@ def validated(settings: ExecutorSettings) -> Config:
         volume_encrypted=settings.volume_encrypted,
         tags=tags,
         region=settings.region or "",
-        munge_key_parameter=settings.munge_key_parameter or "",
+        cluster_key=settings.cluster_key or "",
+        mounts=mounts,
         partition=settings.partition or "",
         slurm_api=settings.slurm_api or "",
         boot_timeout=settings.boot_timeout or 0,
@@ -429,6 +444,15 @@ def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
     return goal
 
 
+def _mounts(text: Optional[str], problems: list[str]) -> tuple[Mount, ...]:
+    """Adds to `problems` what is wrong with them."""
+    try:
+        return parse_mounts(text or "")
+    except SchlouderError as error:
+        problems.append(f"--schlouder-{error}")
+        return ()
+
+
 def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:
     """SchlouderError, which begins with `prefix`, if there is no such strategy, or it lacks the setting
     of its name."""
@@ -502,11 +526,10 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
         problems.append(
             f"--schlouder-slurm-api: {settings.slurm_api!r} is not allowed; it is {', '.join(APIS)}"
         )
-    if not re.fullmatch(r"[A-Za-z0-9_./-]+", settings.munge_key_parameter or ""):
-        problems.append(
-            f"--schlouder-munge-key-parameter: {settings.munge_key_parameter!r} is no SSM parameter name "
-            "(letters, digits and _ . - /)"
-        )
+    try:
+        ClusterKey.parse(settings.cluster_key or "")
+    except SchlouderError as error:
+        problems.append(f"--schlouder-{error}")
     for name, path in (("prices", settings.prices), ("type-table", settings.type_table)):
         if path and not Path(path).is_file():
             problems.append(f"--schlouder-{name}: there is no file {path!r}")

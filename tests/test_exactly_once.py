@@ -18,9 +18,10 @@ from workflows import Site, slurmctld, stopped, wait_for
 
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
+from snakemake_executor_plugin_schlouder.joining import Join
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
-from snakemake_executor_plugin_schlouder.provision import TAG_NODE, Join, connect
+from snakemake_executor_plugin_schlouder.provision import TAG_NODE, connect
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
 pytestmark = pytest.mark.integration
@@ -55,7 +56,7 @@ def broker(site: Site, monkeypatch: pytest.MonkeyPatch) -> Broker:
     given = {name.removeprefix("SNAKEMAKE_SCHLOUDER_"): value for name, value in os.environ.items()}
     slurm = SlurmCommands(given["PARTITION"])
     info = slurm.check()
-    join = Join(info.controller, info.munge_socket, given["MUNGE_KEY_PARAMETER"])
+    join = Join(info.controller, info.munge_socket, given["CLUSTER_KEY"])
     settings = Ec2Settings(
         given["REGION"],
         given["IMAGE"],

@@ -25,6 +25,7 @@ from workflows import as_nobody
 import snakemake_executor_plugin_schlouder
 import snakemake_executor_plugin_schlouder.localcloud.run
 from snakemake_executor_plugin_schlouder import cli
+from snakemake_executor_plugin_schlouder.joining import Join, node_configuration, user_data
 from snakemake_executor_plugin_schlouder.localcloud import (
     STATE_ROOT,
     LocalCloud,
@@ -32,16 +33,18 @@ from snakemake_executor_plugin_schlouder.localcloud import (
     Options,
     down,
 )
+from snakemake_executor_plugin_schlouder.localcloud.controller import slurm_version
 from snakemake_executor_plugin_schlouder.localcloud.network import host_link
+from snakemake_executor_plugin_schlouder.model import InstanceType
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
     from mypy_boto3_ec2.type_defs import InstanceTypeDef
 
 PACKAGE = Path(snakemake_executor_plugin_schlouder.__file__).parent
-JOIN = (PACKAGE / "templates" / "join.sh").read_text()
 SLEEP = "#!/bin/sh\nexec sleep 1000\n"
 NODE_CONF = "CPUs=8 RealMemory=16000 Feature=schlouder"
+KIND = InstanceType("m5.large", 2, 8192)
 NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
 
 
@@ -85,22 +88,21 @@ class Vms:
 
     def join(self, node: str, conf: str = NODE_CONF, **arguments: Any) -> str:
         """The id of a new instance that joins Slurm, and is idle when this returns."""
-        instance_id = self.run(self.user_data(node, conf), **arguments)
+        user_data = self.user_data(node).replace(node_configuration(KIND), conf)
+        instance_id = self.run(user_data, **arguments)
         wait(lambda: self.slurm("sinfo", "-hNn", node, "-o%T") == "idle", self.console, instance_id)
         return instance_id
 
-    def user_data(self, node: str, conf: str = NODE_CONF) -> str:
-        assignments = {
-            "SCHLOUDER_NODE": node,
-            "SCHLOUDER_CONTROLLER": f"{self.cloud.gateway}:{self.slurm_conf('SlurmctldPort')}",
-            "SCHLOUDER_NODE_CONF": conf,
-            "SCHLOUDER_REGION": self.environment["SNAKEMAKE_SCHLOUDER_REGION"],
-            "SCHLOUDER_SSM_ENDPOINT": self.environment["AWS_ENDPOINT_URL"],
-            "SCHLOUDER_MUNGE_KEY_PARAMETER": "/schlouder/munge-key",
-            "SCHLOUDER_MUNGE_SOCKET": self.slurm_conf("AuthInfo").removeprefix("socket="),
+    def user_data(self, *nodes: str, market: str = "on-demand", **join: Any) -> str:
+        facts = {
+            "controller": f"{self.cloud.gateway}:{self.slurm_conf('SlurmctldPort')}",
+            "munge_socket": self.slurm_conf("AuthInfo").removeprefix("socket="),
+            "key": self.environment["SNAKEMAKE_SCHLOUDER_CLUSTER_KEY"],
+            "slurm": slurm_version(),
         }
-        lines = [f"{name}={shlex.quote(value)}" for name, value in assignments.items()]
-        return "\n".join(["#!/bin/sh", *lines, JOIN])
+        region = self.environment["SNAKEMAKE_SCHLOUDER_REGION"]
+        endpoint = self.environment["AWS_ENDPOINT_URL"]
+        return user_data(Join(**{**facts, **join}), region, endpoint, nodes, KIND, market)
 
     def slurm_conf(self, key: str) -> str:
         lines = Path(self.environment["SLURM_CONF"]).read_text().splitlines()

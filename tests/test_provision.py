@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,17 @@ from workflows import wait_for
 
 from snakemake_executor_plugin_schlouder import catalog, provision
 from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
+from snakemake_executor_plugin_schlouder.joining import Join
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     Ec2Cloud,
     Instance,
-    Join,
     LaunchRequest,
     TokenSpent,
     client_token,
     connect,
-    node_configuration,
-    user_data,
 )
 
 JOIN = Join("head:6817", "/run/munge/munge.socket.2", "/schlouder/munge-key")
@@ -49,25 +46,6 @@ def test_every_change_of_a_launch_changes_its_token() -> None:
     assert len(tokens) == 1 + len(others)
     assert all(len(token) <= 64 and token.isascii() for token in tokens)
     assert client_token(*first) in tokens
-
-
-def test_a_node_declares_nine_tenths_of_its_memory() -> None:
-    assert node_configuration(KIND) == "CPUs=2 RealMemory=7372 Feature=schlouder,m5.large"
-
-
-def test_user_data_is_a_script_in_which_every_value_is_quoted() -> None:
-    join = Join("it's; rm -rf $HOME", "/run/s", "/key")
-    script = user_data(join, "eu-west-1", "https://ssm", "node-1", KIND)
-    assert script.startswith("#!/bin/sh\n")
-    assignments = script.split("\n\n")[0].split("# Joins")[0]
-    shown = subprocess.run(
-        ["sh"],
-        input=assignments + '\nprintf %s "$SCHLOUDER_CONTROLLER|$SCHLOUDER_NODE_CONF"',
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert shown.stdout == "it's; rm -rf $HOME|CPUs=2 RealMemory=7372 Feature=schlouder,m5.large"
 
 
 @pytest.fixture

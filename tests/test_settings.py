@@ -88,7 +88,27 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
         ({"prices": "no.csv"}, "--schlouder-prices: there is no file 'no.csv'"),
         ({"type_table": "/tmp"}, "--schlouder-type-table: there is no file '/tmp'"),
         ({"partition": "a b"}, "--schlouder-partition: 'a b'"),
-        ({"munge_key_parameter": 'x"y'}, "--schlouder-munge-key-parameter:"),
+        (
+            {"cluster_key": 'x"y'},
+            "--schlouder-cluster-key: 'x\"y' is not allowed; it is ssm:/NAME (letters, digits and _ . - /) "
+            "or secretsmanager:NAME",
+        ),
+        ({"cluster_key": "vault:/key"}, "--schlouder-cluster-key: 'vault:/key' is not allowed"),
+        ({"cluster_key": None}, "--schlouder-cluster-key: '' is not allowed"),
+        (
+            {"mount": "nas:/home"},
+            "--schlouder-mount: 'nas:/home' is not allowed; it is SERVER:/PATH=/MOUNTPOINT[,OPTION...]",
+        ),
+        ({"mount": "nas:home=/home"}, "--schlouder-mount: 'nas:home=/home' is not allowed"),
+        ({"mount": "nas:/a=/a,nas:/b"}, "--schlouder-mount: 'nas:/a=/a,nas:/b' is not allowed"),
+        (
+            {"mount": "nas:/a=/a,$(reboot)"},
+            "--schlouder-mount: 'nas:/a=/a,$(reboot)' is not allowed",
+        ),
+        ({"mount": "nas:/a=/usr/"}, "'nas:/a=/usr/' would hide /usr/ of the VM"),
+        ({"mount": "nas:/a=/data/../etc"}, "would hide /data/../etc of the VM"),
+        ({"mount": "nas:/a=/data nas:/b=/data/"}, "--schlouder-mount: /data is given twice"),
+        ({"mount": "fs-0a1b:/=/data"}, "write fs-0a1b.efs.REGION.amazonaws.com"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(values: dict[str, Any], message: str) -> None:

@@ -211,6 +211,16 @@ def test_the_controller_and_its_munge_socket_are_read_from_the_configuration() -
     assert info.munge_socket == "/run/cloud/munge.socket"
 
 
+@pytest.mark.parametrize(("type_", "auth"), [("auth/munge", "munge"), ("auth/slurm", "slurm")])
+def test_how_machines_know_each_other_is_read_from_the_configuration(type_: str, auth: str) -> None:
+    assert cluster_info(parse_config(f"{CONFIG}AuthType = {type_}\n")).auth == auth
+
+
+def test_a_slurm_that_vms_cannot_authenticate_with_is_refused() -> None:
+    with pytest.raises(ClusterUnfit, match="AuthType is auth/none, with which no VM can join"):
+        cluster_info(parse_config(f"{CONFIG}AuthType = auth/none\n"))
+
+
 def test_an_old_slurm_is_refused() -> None:
     with pytest.raises(ClusterUnfit, match=r"version 21\.08\.5 .* 22\.05 or later"):
         cluster_info(parse_config(CONFIG.replace("22.05.8", "21.08.5")))

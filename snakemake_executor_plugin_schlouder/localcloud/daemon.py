@@ -156,7 +156,7 @@ def create_resources(zones: dict[str, str], munge_key: str) -> dict[str, str]:
         "INSTANCE_TYPES": INSTANCE_TYPE,
         "REGION": REGION,
         "PARTITION": PARTITION,
-        "MUNGE_KEY_PARAMETER": MUNGE_KEY_PARAMETER,
+        "CLUSTER_KEY": f"ssm:{MUNGE_KEY_PARAMETER}",
     }
     return {f"SNAKEMAKE_SCHLOUDER_{name}": value for name, value in settings.items()}
 

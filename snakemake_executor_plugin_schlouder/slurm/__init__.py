@@ -31,11 +31,13 @@ class ClusterUnfit(SchlouderError):
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """What a VM must know to join: the controller as `host:port` and the munge socket of slurm.conf."""
+    """What a VM must know to join: the controller as `host:port`, the munge socket of slurm.conf, and how
+    the cluster's machines know each other: `auth` is munge or slurm."""
 
     version: tuple[int, int]
     controller: str
     munge_socket: str
+    auth: str = "munge"
 
 
 @dataclass(frozen=True, slots=True)

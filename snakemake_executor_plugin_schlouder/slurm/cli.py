@@ -32,6 +32,7 @@ from .states import phase_of
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel")
 OLDEST = (22, 5)
+AUTHS = ("munge", "slurm")
 DEFAULT_MUNGE_SOCKET = "/run/munge/munge.socket.2"
 TIMEOUT = 60.0
 """Seconds; a controller that is down lets squeue wait 18 s before it says so."""
@@ -153,7 +154,7 @@ def cluster_info(config: Mapping[str, str]) -> ClusterInfo:
             "Slurm: MaxNodeCount is not set in slurm.conf, so no VM can join; set it to the highest "
             "number of nodes there may ever be, for example MaxNodeCount=1024, and restart slurmctld"
         )
-    return ClusterInfo(version, _controller(config), _munge_socket(config))
+    return ClusterInfo(version, _controller(config), _munge_socket(config), _auth(config))
 
 
 def _controller(config: Mapping[str, str]) -> str:
@@ -170,6 +171,16 @@ def _controller(config: Mapping[str, str]) -> str:
 def _munge_socket(config: Mapping[str, str]) -> str:
     named = re.search(r"socket=([^,\s]+)", config.get("AuthInfo", ""))
     return named[1] if named else DEFAULT_MUNGE_SOCKET
+
+
+def _auth(config: Mapping[str, str]) -> str:
+    named = config.get("AuthType", "auth/munge").removeprefix("auth/")
+    if named not in AUTHS:
+        raise ClusterUnfit(
+            f"Slurm: AuthType is auth/{named}, with which no VM can join; "
+            f"{' and '.join(f'auth/{auth}' for auth in AUTHS)} can be used"
+        )
+    return named
 
 
 def _version(text: str) -> tuple[int, int]:

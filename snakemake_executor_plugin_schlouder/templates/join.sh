@@ -1,21 +1,63 @@
 # Joins this machine to the Slurm cluster as one dynamic node.
 #
 # The plugin writes "#!/bin/sh" and the SCHLOUDER_* assignments above this text and hands the whole to
-# EC2 as user data; cloud-init runs it as root at first boot. Needs: curl >= 7.87, iproute2, munge,
-# slurmd >= 22.05. Holds no secret: the munge key comes from the SSM Parameter Store with the rights of
-# the instance profile.
+# EC2 as user data; cloud-init runs it as root at first boot, and its output goes to the console. What the
+# image lacks is installed with apt. Holds no secret: the cluster's key comes from the SSM Parameter Store
+# or the Secrets Manager with the rights of the instance profile. A machine that cannot join says why and
+# powers off.
 set -eu
 
 METADATA=169.254.169.254
+METADATA_IPV6=fd00:ec2::254
+NODE='this machine'
+REASON=
 
 explain() {
     code=$?
     if [ "$code" -ne 0 ]; then
-        echo "schlouder: $SCHLOUDER_NODE could not join Slurm at $SCHLOUDER_CONTROLLER: $STEP failed ($code)" >&2
+        reason=${REASON:-"$STEP failed ($code)"}
+        echo "schlouder: $NODE could not join Slurm at $SCHLOUDER_CONTROLLER: $reason" >&2
         shutdown -h now
     fi
 }
 trap explain EXIT
+
+die() {
+    REASON=$1
+    exit 1
+}
+
+# Notes the package $2 as missing if there is no command $1.
+need() {
+    command -v "$1" >/dev/null || MISSING="$MISSING $2"
+}
+
+# Installs packages. First-boot upgrades of the image may hold apt's locks, and mirrors may be out of step.
+install_packages() {
+    command -v apt-get >/dev/null ||
+        die "this image lacks$MISSING, and has no apt-get to install that; use another image"
+    export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+    # Debian starts daemons while it installs them, with a key and a configuration of its own making.
+    policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ]; then
+        policy=
+    else
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+    fi
+    tries=0
+    until apt_get update && apt_get install -y --no-install-recommends "$@"; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 10 ] || return 1
+        sleep 10
+    done
+    [ -z "$policy" ] || rm "$policy"
+}
+
+apt_get() {
+    apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3 -o DPkg::Options::=--force-confold "$@" \
+        </dev/null
+}
 
 fetch() {
     curl -sSf --noproxy '*' --connect-timeout 5 --max-time 30 --retry 5 --retry-connrefused "$@"
@@ -23,66 +65,195 @@ fetch() {
 
 # The document $1 of the instance metadata service.
 metadata() {
-    fetch -H "X-aws-ec2-metadata-token: $TOKEN" "http://$METADATA/latest/meta-data/$1"
+    token=$(fetch -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "http://$METADATA/latest/api/token")
+    fetch -H "X-aws-ec2-metadata-token: $token" "http://$METADATA/latest/meta-data/$1"
 }
 
-# The value of the string field $1 of a flat JSON object on standard input.
-field() {
-    tr -d '\n' | sed -n "s/.*\"$1\" *: *\"\([^\"]*\)\".*/\1/p"
-}
+# A program that asks the service $1 at $2 in the region $3 for the secret $4, and writes it decoded.
+# The role's credentials come on standard input: command lines are public. Python, which cloud-init needs
+# itself, because curl signs the session token only from 7.87 on.
+READ_KEY='
+import base64, datetime, hashlib, hmac, json, sys, time, urllib.error, urllib.request
 
-# The value of the SSM parameter $1. The credentials go to curl on standard input: command lines are public.
-ssm_parameter() {
-    role=$(metadata iam/security-credentials/) || {
-        echo 'the instance has no instance profile' >&2
-        return 1
+service, url, region, name = sys.argv[1:]
+role = json.load(sys.stdin)
+action, question = {
+    "ssm": ("AmazonSSM.GetParameter", {"Name": name, "WithDecryption": True}),
+    "secretsmanager": ("secretsmanager.GetSecretValue", {"SecretId": name}),
+}[service]
+body = json.dumps(question).encode()
+
+
+def sign(key, text):
+    return hmac.new(key, text.encode(), hashlib.sha256).digest()
+
+
+def request():
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    headers = {
+        "content-type": "application/x-amz-json-1.1",
+        "host": url.split("/")[2],
+        "x-amz-date": now,
+        "x-amz-security-token": role["Token"],
+        "x-amz-target": action,
     }
-    credentials=$(metadata "iam/security-credentials/$role")
-    answer=$(
-        {
-            printf 'user = "%s:%s"\n' "$(echo "$credentials" | field AccessKeyId)" \
-                "$(echo "$credentials" | field SecretAccessKey)"
-            printf 'header = "X-Amz-Security-Token: %s"\n' "$(echo "$credentials" | field Token)"
-        } | fetch --config - \
-            --aws-sigv4 "aws:amz:$SCHLOUDER_REGION:ssm" \
-            -H 'Content-Type: application/x-amz-json-1.1' \
-            -H 'X-Amz-Target: AmazonSSM.GetParameter' \
-            --data "{\"Name\":\"$1\",\"WithDecryption\":true}" \
-            "$SCHLOUDER_SSM_ENDPOINT"
+    names = ";".join(headers)
+    lines = [f"{header}:{value}" for header, value in headers.items()]
+    canonical = ["POST", "/", "", *lines, "", names, hashlib.sha256(body).hexdigest()]
+    digest = hashlib.sha256("\n".join(canonical).encode()).hexdigest()
+    parts = [now[:8], region, service, "aws4_request"]
+    key = ("AWS4" + role["SecretAccessKey"]).encode()
+    for part in parts:
+        key = sign(key, part)
+    scope = "/".join(parts)
+    signature = sign(key, "\n".join(["AWS4-HMAC-SHA256", now, scope, digest])).hex()
+    headers["authorization"] = (
+        "AWS4-HMAC-SHA256 Credential=" + role["AccessKeyId"] + "/" + scope
+        + ", SignedHeaders=" + names + ", Signature=" + signature
     )
-    echo "$answer" | field Value
+    return urllib.request.Request(url.rstrip("/") + "/", body, headers)
+
+
+def ask():
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for pause in (1, 2, 4, 8, 0):
+        try:
+            return json.load(opener.open(request(), timeout=30))
+        except urllib.error.HTTPError as error:
+            failure = error.read().decode(errors="replace")
+            if error.code < 500 and "Throttling" not in failure:
+                break
+        except OSError as error:
+            failure = str(error)
+        time.sleep(pause)
+    sys.exit(f"{action} of {name} at {url}: {failure}")
+
+
+answer = ask()
+if service == "ssm":
+    text = answer["Parameter"]["Value"]
+else:
+    text = answer.get("SecretString") or answer["SecretBinary"]
+try:
+    sys.stdout.buffer.write(base64.b64decode("".join(text.split()), validate=True))
+except ValueError:
+    sys.exit(f"{name} is not base64")
+'
+
+# Writes the cluster's key to the file $1.
+write_key() {
+    STEP="reading the cluster's key from $SCHLOUDER_KEY_SERVICE $SCHLOUDER_KEY_NAME"
+    role=$(metadata iam/security-credentials/) || die 'the instance has no instance profile'
+    credentials=$(metadata "iam/security-credentials/$role")
+    (
+        umask 077
+        printf '%s' "$credentials" | python3 -c "$READ_KEY" "$SCHLOUDER_KEY_SERVICE" \
+            "$SCHLOUDER_KEY_ENDPOINT" "$SCHLOUDER_REGION" "$SCHLOUDER_KEY_NAME" >"$1"
+    )
+    [ -s "$1" ] || die "$SCHLOUDER_KEY_SERVICE $SCHLOUDER_KEY_NAME is empty"
 }
+
+start_munged() {
+    install -d -o munge -g munge -m 0700 /etc/munge /var/log/munge /var/lib/munge
+    install -d -o munge -g munge -m 0755 /run/munge
+    write_key /etc/munge/munge.key
+    chown munge:munge /etc/munge/munge.key
+    STEP='starting munged'
+    # The image may have started one, with a key of its own.
+    if pkill -x munged; then
+        sleep 1
+    fi
+    setpriv --reuid munge --regid munge --clear-groups munged
+    # The cluster's slurm.conf may name a socket of its own (AuthInfo=socket=...); slurmd will look there.
+    if [ "$SCHLOUDER_MUNGE_SOCKET" != /run/munge/munge.socket.2 ]; then
+        mkdir -p "$(dirname "$SCHLOUDER_MUNGE_SOCKET")"
+        ln -sf /run/munge/munge.socket.2 "$SCHLOUDER_MUNGE_SOCKET"
+    fi
+}
+
+# Waits until EC2 announces that it takes this spot machine back, and has Slurm give it no more jobs.
+watch_spot() {
+    until notice=$(metadata spot/instance-action 2>/dev/null); do
+        sleep 5
+    done
+    when=$(echo "$notice" | tr -d '\n' | sed -n 's/.*"time" *: *"\([^"]*\)".*/\1/p')
+    until SLURM_CONF=/run/slurm/conf/slurm.conf scontrol update "nodename=$NODE" state=drain \
+        "reason=schlouder: spot reclaim at $when"; do
+        sleep 1
+    done
+}
+
+# A release as a number: 2205 for 22.05.
+number() {
+    echo "$1" | tr -d .
+}
+
+STEP='installing packages'
+MISSING=
+need slurmd slurmd
+[ "$SCHLOUDER_MARKET" != spot ] || need scontrol slurm-client
+[ "$SCHLOUDER_AUTH" != munge ] || need munged munge
+[ -z "$SCHLOUDER_MOUNTS" ] || need mount.nfs nfs-common
+need curl curl
+need python3 python3-minimal
+need ip iproute2
+need pkill procps
+if [ -n "$MISSING" ]; then
+    # shellcheck disable=SC2086 # package names, one word each
+    install_packages $MISSING
+fi
+
+STEP='reading the release of slurmd'
+version=$(slurmd -V | sed -n 's/^[^0-9]*\([0-9]*\.[0-9]*\).*/\1/p')
+[ -n "$version" ] || die 'slurmd -V tells no release'
+if [ "$(number "$version")" -lt "$(number "$SCHLOUDER_OLDEST_SLURMD")" ] ||
+    [ "$(number "$version")" -gt "$(number "$SCHLOUDER_NEWEST_SLURMD")" ]; then
+    die "slurmd $version of this image does not fit, the controller takes $SCHLOUDER_OLDEST_SLURMD to \
+$SCHLOUDER_NEWEST_SLURMD; use another image"
+fi
 
 STEP='reading instance metadata'
-TOKEN=$(fetch -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "http://$METADATA/latest/api/token")
 address=$(metadata local-ipv4)
+index=$(metadata ami-launch-index)
+for name in $SCHLOUDER_NODES; do
+    if [ "$index" -eq 0 ]; then
+        NODE=$name
+    fi
+    index=$((index - 1))
+done
+[ "$index" -lt 0 ] || die 'the launch has more machines than names'
 
-STEP="reading the munge key from SSM parameter $SCHLOUDER_MUNGE_KEY_PARAMETER"
-install -d -o munge -g munge -m 0700 /etc/munge /var/log/munge /var/lib/munge
-install -d -o munge -g munge -m 0755 /run/munge
-key=$(ssm_parameter "$SCHLOUDER_MUNGE_KEY_PARAMETER")
-(umask 077 && echo "$key" | base64 -d >/etc/munge/munge.key)
-[ -s /etc/munge/munge.key ]
-chown munge:munge /etc/munge/munge.key
+if [ "$SCHLOUDER_AUTH" = munge ]; then
+    start_munged
+else
+    install -d /etc/slurm
+    export SLURM_SACK_KEY=/etc/slurm/slurm.key
+    write_key "$SLURM_SACK_KEY"
+fi
 
 # Jobs must not get at the instance's credentials. All that root needs of them has been read.
 STEP='closing the metadata service to users'
 ip rule add priority 1 to "$METADATA" uidrange 1-4294967294 prohibit
+if [ -e /proc/net/if_inet6 ]; then
+    ip -6 rule add priority 1 to "$METADATA_IPV6" uidrange 1-4294967294 prohibit
+fi
 
-STEP='starting munged'
-# The image may have started one, with a key of its own.
-if pkill -x munged; then
-    sleep 1
-fi
-setpriv --reuid munge --regid munge --clear-groups munged
-# The cluster's slurm.conf may name a socket of its own (AuthInfo=socket=...); slurmd will look there.
-if [ "$SCHLOUDER_MUNGE_SOCKET" != /run/munge/munge.socket.2 ]; then
-    mkdir -p "$(dirname "$SCHLOUDER_MUNGE_SOCKET")"
-    ln -sf /run/munge/munge.socket.2 "$SCHLOUDER_MUNGE_SOCKET"
-fi
+while read -r source point options; do
+    if [ -n "$source" ]; then
+        STEP="mounting $source on $point"
+        mkdir -p "$point"
+        mount -t nfs -o "$options" "$source" "$point" </dev/null
+    fi
+done <<END
+$SCHLOUDER_MOUNTS
+END
 
 STEP='starting slurmd'
-hostname "$SCHLOUDER_NODE"
-echo "$address $SCHLOUDER_NODE" >>/etc/hosts
+hostname "$NODE"
+echo "$address $NODE" >>/etc/hosts
 install -d /var/spool/slurmd /var/log/slurm
-slurmd -Z -N "$SCHLOUDER_NODE" --conf-server "$SCHLOUDER_CONTROLLER" --conf "$SCHLOUDER_NODE_CONF"
+slurmd -Z -N "$NODE" --conf-server "$SCHLOUDER_CONTROLLER" --conf "$SCHLOUDER_NODE_CONF"
+
+if [ "$SCHLOUDER_MARKET" = spot ]; then
+    watch_spot </dev/null >>/var/log/slurm/spot.log 2>&1 &
+fi
