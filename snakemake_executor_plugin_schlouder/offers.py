@@ -7,6 +7,7 @@ no I/O, and the time is told.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -189,6 +190,46 @@ class Offers:
         if now >= self._holds_until or not self._chosen:
             self._chosen.clear()
             self._holds_until = self.next_opening(now)
+
+
+def packed(kind: InstanceType, counts: Mapping[Need, int]) -> int:
+    """How many machines hold so many tasks of each kind at a time."""
+    left: Counter[Need] = Counter()
+    for need, count in counts.items():
+        left[need.on(kind)] += count
+    machines = 0
+    while left:
+        filling = _filling(kind, left)
+        times = min(left[need] // count for need, count in filling.items())
+        for need, count in filling.items():
+            left[need] -= times * count
+        left = +left
+        machines += times
+    return machines
+
+
+def _filling(kind: InstanceType, left: Mapping[Need, int]) -> Counter[Need]:
+    """What one machine holds, task by task the one that fits best into what is still free."""
+    found: Counter[Need] = Counter()
+    free = Need(kind.cpus, kind.node_memory, kind.gpus)
+    while fitting := [n for n, count in left.items() if found[n] < count and has_room(free, n)]:
+        need = min(fitting, key=lambda need: misfit(kind, free, need))
+        found[need] += 1
+        free = Need(free.cpus - need.cpus, free.memory - need.memory, free.gpus - need.gpus)
+    return +found or Counter([next(iter(left))])
+
+
+def has_room(free: Need, need: Need) -> bool:
+    return need.cpus <= free.cpus and need.memory <= free.memory and need.gpus <= free.gpus
+
+
+def misfit(kind: InstanceType, free: Need, need: Need) -> float:
+    """How far a task is from taking all that is free of a machine, in shares of it: least squares, the
+    heuristic for vectors of Panigrahy et al., Heuristics for Vector Bin Packing, 2011."""
+    cpus = (free.cpus - need.cpus) / kind.cpus
+    memory = (free.memory - need.memory) / kind.node_memory
+    gpus = (free.gpus - need.gpus) / kind.gpus if kind.gpus else 0.0
+    return cpus * cpus + memory * memory + gpus * gpus
 
 
 def slots_of(kind: InstanceType, need: Need) -> int:

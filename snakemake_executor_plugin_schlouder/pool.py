@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .bundles import LENGTH, WORTH, fair_share, may_bundle
 from .fleet import Fleet
 from .model import NEVER, ON_DEMAND, VM, InstanceType, Need, Task, VMState, estimate_of
-from .offers import slots_of
+from .offers import has_room, misfit, packed, slots_of
 from .prediction import PRIOR_SPREAD, Line, Walltimes
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ the broker's round would be felt between them."""
 
 SURELY = 1.5
 """Standard deviations added to what a task is expected to take where its lateness would cost a unit."""
+
+ALIKE = 0.9
+"""Tasks of about the same length: the share of the longest that the others reach."""
 
 DOUBT = 0.3
 """How far all estimates of a batch together may be off before anything was learned, as a share."""
@@ -42,6 +45,7 @@ class Backlog:
         self._count = 0
         self._size = 0
         self._needs: Counter[Need] = Counter()
+        self._slots: int | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -55,6 +59,7 @@ class Backlog:
         self._count += 1
         self._size += 1
         self._needs[task.need] += 1
+        self._slots = None
         estimate = estimate_of(task.planned)
         insort(self._rules.setdefault(task.rule, []), (estimate, -self._count, task))
 
@@ -68,6 +73,7 @@ class Backlog:
         del tasks[at]
         self._size -= 1
         self._needs[task.need] -= 1
+        self._slots = None
         if not tasks:
             del self._rules[task.rule]
         task.expected = self._walltimes.expected(task.rule, task.planned)
@@ -77,6 +83,7 @@ class Backlog:
         tasks = [entry[2] for entries in self._rules.values() for entry in entries]
         self._rules.clear()
         self._needs.clear()
+        self._slots = None
         self._size = 0
         return tasks
 
@@ -100,8 +107,13 @@ class Backlog:
 
     def side_by_side(self, kind: InstanceType) -> int:
         """How many of the tasks run on one VM at a time, on average."""
-        share = sum(count / slots_of(kind, need) for need, count in self._needs.items() if count)
-        return max(1, int(self._size / share + 1e-9)) if share else kind.cpus
+        if self._slots is None:
+            counts = +self._needs
+            if len(counts) > 1:
+                self._slots = max(1, self._size // packed(kind, counts))
+            else:
+                self._slots = next((slots_of(kind, need) for need in counts), kind.cpus)
+        return self._slots
 
     @property
     def doubt(self) -> float:
@@ -125,14 +137,21 @@ class Backlog:
 
     def longest(self, vm: VM, seconds: float = math.inf, surely: float = math.inf) -> Task | None:
         """The longest task that has room on `vm`, is expected to end within `seconds`, and all but
-        surely within `surely`; of equal ones the first that came."""
-        best, best_length, free = None, -1.0, vm.free()
+        surely within `surely`; of equal ones the first that came, and of about equal ones that take
+        different things the one that fits best into what is free."""
+        found, free = [], vm.free()
         for rule, tasks in self._rules.items():
             line = self._line(rule)
             task = _last_with_room(tasks, _within(tasks, line, seconds, surely), free)
-            if task is not None and line(estimate_of(task.planned)) > best_length:
-                best, best_length = task, line(estimate_of(task.planned))
-        return best
+            if task is not None:
+                found.append((line(estimate_of(task.planned)), task))
+        if not found:
+            return None
+        most, best = max(found, key=lambda entry: entry[0])
+        if len(found) == 1 or all(task.need == best.need for _, task in found):
+            return best
+        alike = [task for length, task in found if length >= ALIKE * most]
+        return min(alike, key=lambda task: misfit(vm.type, free, task.need))
 
     def _line(self, rule: str) -> Line:
         """Before anything is known of a rule its longest estimate tells how far they may be off."""
@@ -286,7 +305,6 @@ def _last_with_room(tasks: list[tuple[float, int, Task]], count: int, free: Need
     """The longest of the first `count` that fits into `free`; behind a running task any will, later."""
     for at in range(count - 1, -1, -1):
         need = tasks[at][2].need
-        has_room = need.cpus <= free.cpus and need.memory <= free.memory and need.gpus <= free.gpus
-        if free.cpus <= 0 or has_room:
+        if free.cpus <= 0 or has_room(free, need):
             return tasks[at][2]
     return None
