@@ -364,8 +364,9 @@ rule one:
 
 @pytest.fixture
 def account(site: SiteOfRun) -> Iterator[tuple[SiteOfRun, Site]]:
-    """A workflow on the embedded cloud, and what init is told of that cloud; every fault ends with the test."""
+    """A workflow on the embedded cloud, and what init is told of that cloud; faults end with the test."""
     site.write(RUN)
+    site.cloud.calls(reset=True)
     settings = site.cloud.environment()
     told = Site(
         region=settings["AWS_DEFAULT_REGION"],
@@ -386,6 +387,8 @@ def test_a_run_needs_no_more_rights_than_the_policies_give(
     done = site.run("--schlouder-spot", "prefer")
     assert done.returncode == 0, done.stdout
     assert (site.directory / "out.txt").exists()
+    allowed = actions(broker_policy(told))
+    assert {"ec2:RunInstances", "ec2:TerminateInstances"} <= site.cloud.calls().keys() <= allowed
 
 
 @pytest.mark.integration
@@ -397,7 +400,7 @@ def test_a_right_that_is_missing_is_named(account: tuple[SiteOfRun, Site]) -> No
     done = site.run()
     assert done.returncode != 0
     assert f"iam:PassRole (on arn:aws:iam::{ACCOUNT}:role/{told.vm_role})" in done.stdout
-    assert site.instances() == []
+    assert site.alive() == []
 
 
 @pytest.mark.integration
