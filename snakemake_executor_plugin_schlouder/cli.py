@@ -147,7 +147,7 @@ def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         ("region", "REGION", "AWS region"),
         ("account", "ID", "AWS account, 12 digits"),
         ("image", "AMI", "machine image of the VMs"),
-        ("subnet", "SUBNET", "subnet of the VMs"),
+        ("subnets", "SUBNET[,SUBNET...]", "subnets of the VMs"),
         ("security-groups", "SG[,SG...]", "security groups of the VMs"),
         ("controller", "HOST:PORT", "where VMs reach slurmctld"),
         ("cluster-key", "ssm:/NAME|secretsmanager:NAME", "where VMs find munge.key or slurm.key"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .ec2_account import PROBE_INSTANCE
 from .joining import ClusterKey, Join, oldest_slurmd, parse_mounts, release_name, user_data
 from .model import InstanceType, SchlouderError
 from .provision import TAG_OWNER, TAG_RUN
@@ -25,21 +26,28 @@ FIRST_WITH_AUTH_SLURM = (23, 11)
 
 READS = (
     "ec2:DescribeImages",
+    "ec2:DescribeInstanceTypeOfferings",
     "ec2:DescribeInstanceTypes",
     "ec2:DescribeInstances",
     "ec2:DescribeKeyPairs",
+    "ec2:DescribeLaunchTemplateVersions",
     "ec2:DescribeSecurityGroups",
+    "ec2:DescribeSpotPriceHistory",
     "ec2:DescribeSubnets",
+    "pricing:GetProducts",
 )
 """Calls that change nothing and that IAM cannot narrow to resources."""
 
 ENDS = ("ec2:GetConsoleOutput", "ec2:TerminateInstances")
 """Calls about one machine, allowed for ours only."""
 
-PLACEHOLDERS = ("region", "account", "image", "subnet", "security_groups", "controller")
+PLACEHOLDERS = ("region", "account", "image", "subnets", "security_groups", "controller")
 """Fields of a `Site` of which nobody has the default."""
 
-_KINDS_USED = ("image", "key-pair", "network-interface", "security-group", "snapshot", "subnet")
+_KINDS_USED = (
+    *("image", "key-pair", "launch-template", "network-interface", "security-group", "snapshot"),
+    *("spot-instances-request", "subnet"),
+)
 _EXAMPLE = InstanceType("m5.large", 2, 8192)
 
 
@@ -50,7 +58,7 @@ class Site:
     region: str = "eu-west-1"
     account: str = "123456789012"
     image: str = "ami-0123456789abcdef0"
-    subnet: str = "subnet-0123456789abcdef0"
+    subnets: str = "subnet-0123456789abcdef0"
     security_groups: str = "sg-0123456789abcdef0"
     controller: str = "head.example.org:6817"
     cluster_key: str = "ssm:/schlouder/munge-key"
@@ -177,6 +185,7 @@ def broker_policy(site: Site) -> dict[str, Any]:
     """The rights of whoever runs Snakemake: every call of the plugin. Machines are started only with our
     tags, and ended only if they have them."""
     made = [site.arn("ec2", "instance/*"), site.arn("ec2", "volume/*")]
+    request = site.arn("ec2", "spot-instances-request/*")
     return _policy(
         _allow("Look", READS, ["*"]),
         _allow("LaunchWithTags", ["ec2:RunInstances"], made, StringLike=_tags("aws:RequestTag")),
@@ -184,10 +193,16 @@ def broker_policy(site: Site) -> dict[str, Any]:
         _allow(
             "TagAtLaunch",
             ["ec2:CreateTags"],
-            made,
+            [*made, request],
             StringEquals={"ec2:CreateAction": "RunInstances"},
         ),
         _allow("EndOurs", ENDS, made[:1], StringLike=_tags("aws:ResourceTag")),
+        # Asked for before anything is started, with a call that is not to be carried out.
+        _allow(
+            "AskWhetherToEnd",
+            ["ec2:TerminateInstances"],
+            [site.arn("ec2", f"instance/{PROBE_INSTANCE}")],
+        ),
         _allow(
             "GiveRole",
             ["iam:PassRole"],
@@ -272,7 +287,7 @@ def _profile(site: Site) -> str:
         "jobs": 200,
         "schlouder-region": site.region,
         "schlouder-image": site.image,
-        "schlouder-subnet": site.subnet,
+        "schlouder-subnets": site.subnets,
         "schlouder-security-groups": site.security_groups,
         "schlouder-instance-profile": site.vm_role,
         "schlouder-instance-types": site.instance_types,

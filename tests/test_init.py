@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from botocore import xform_name
 from snakemake.cli import parse_args
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 from test_localcloud import Vms
+from workflows import Site as SiteOfRun
 from workflows import wait_for
 
 import snakemake_executor_plugin_schlouder
 from snakemake_executor_plugin_schlouder import cli
+from snakemake_executor_plugin_schlouder.ec2_account import PROBE_INSTANCE
 from snakemake_executor_plugin_schlouder.init import (
     Site,
     broker_policy,
@@ -31,7 +34,9 @@ from snakemake_executor_plugin_schlouder.init import (
     vm_trust,
 )
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.localcloud.authorization import ACCOUNT
 from snakemake_executor_plugin_schlouder.localcloud.controller import free_port, slurm_version
+from snakemake_executor_plugin_schlouder.localcloud.faults import Faults
 from snakemake_executor_plugin_schlouder.model import SchlouderError
 from snakemake_executor_plugin_schlouder.settings import validated
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
@@ -94,9 +99,10 @@ def test_what_changes_something_is_bound_to_our_tags_and_to_the_role_of_vms() ->
     policy = broker_policy(Site(account="210987654321", vm_role="node"))
     assert not any("*" in action for action in actions(policy))
     unbound = {a for s in policy["Statement"] if s["Resource"] == ["*"] for a in s["Action"]}
-    assert all(action.startswith("ec2:Describe") for action in unbound)
+    assert all(action.startswith(("ec2:Describe", "pricing:Get")) for action in unbound)
+    probe = f"arn:aws:ec2:eu-west-1:210987654321:instance/{PROBE_INSTANCE}"
     for action in ("ec2:TerminateInstances", "ec2:GetConsoleOutput"):
-        (statement,) = statements(policy, action)
+        (statement,) = [s for s in statements(policy, action) if s["Resource"] != [probe]]
         assert statement["Condition"] == {
             "StringLike": {
                 "aws:ResourceTag/schlouder:owner": "?*",
@@ -162,6 +168,7 @@ def test_snakemake_takes_the_profile_and_the_plugin_its_settings(tmp_path: Path)
     config = validated(plugin.get_settings(arguments))
     assert (config.image, config.partition, config.max_vms) == ("ami-1", "cloud", 20)
     assert config.cluster_key == "secretsmanager:k"
+    assert config.subnets == (Site().subnets,)
     assert [mount.point for mount in config.mounts] == ["/data", "/b"]
     assert config.instance_profile == Site().vm_role
 
@@ -185,7 +192,7 @@ def test_writes_all_files_and_tells_of_placeholders(
     for name in ("vm-trust", "vm-policy", "broker-policy"):
         json.loads((tmp_path / "new" / f"{name}.json").read_text())
     told = capsys.readouterr().err
-    assert "placeholders stand for --image, --subnet, --security-groups, --controller\n" in told
+    assert "placeholders stand for --image, --subnets, --security-groups, --controller\n" in told
     readme = (tmp_path / "new" / "README.md").read_text()
     assert "$" not in readme.replace("$put_key", "$")
     assert all(name in readme for name in FILES - {"README.md"})
@@ -343,3 +350,66 @@ def test_slurmctld_takes_the_lines_and_a_vm_joins(
         wait_for(lambda: slurm.delete("fresh"), log.read_text)
     finally:
         vms.terminate_all()
+
+
+RUN = """
+rule all:
+    input: "out.txt"
+rule one:
+    output: "out.txt"
+    resources: schlouder_walltime="5s"
+    shell: "hostname > {output}"
+"""
+
+
+@pytest.fixture
+def account(site: SiteOfRun) -> Iterator[tuple[SiteOfRun, Site]]:
+    """A workflow on the embedded cloud, and what init is told of that cloud; faults end with the test."""
+    site.write(RUN)
+    site.cloud.calls(reset=True)
+    settings = site.cloud.environment()
+    told = Site(
+        region=settings["AWS_DEFAULT_REGION"],
+        account=ACCOUNT,
+        vm_role=settings["SNAKEMAKE_SCHLOUDER_INSTANCE_PROFILE"],
+        cluster_key=settings["SNAKEMAKE_SCHLOUDER_CLUSTER_KEY"],
+    )
+    yield site, told
+    site.cloud.inject(Faults())
+
+
+@pytest.mark.integration
+def test_a_run_needs_no_more_rights_than_the_policies_give(
+    account: tuple[SiteOfRun, Site],
+) -> None:
+    site, told = account
+    site.cloud.inject(Faults(policy=broker_policy(told), vm_policy=vm_policy(told)))
+    done = site.run("--schlouder-spot", "prefer")
+    assert done.returncode == 0, done.stdout
+    assert (site.directory / "out.txt").exists()
+    allowed = actions(broker_policy(told))
+    assert {"ec2:RunInstances", "ec2:TerminateInstances"} <= site.cloud.calls().keys() <= allowed
+
+
+@pytest.mark.integration
+def test_a_right_that_is_missing_is_named(account: tuple[SiteOfRun, Site]) -> None:
+    site, told = account
+    policy = broker_policy(told)
+    kept = [statement for statement in policy["Statement"] if statement["Sid"] != "GiveRole"]
+    site.cloud.inject(Faults(policy={**policy, "Statement": kept}))
+    done = site.run()
+    assert done.returncode != 0
+    assert f"iam:PassRole (on arn:aws:iam::{ACCOUNT}:role/{told.vm_role})" in done.stdout
+    assert site.alive() == []
+
+
+@pytest.mark.integration
+def test_a_vm_without_its_right_says_which(account: tuple[SiteOfRun, Site]) -> None:
+    site, told = account
+    other = vm_policy(replace(told, cluster_key="ssm:/another"))
+    site.cloud.inject(Faults(vm_policy=other))
+    vms = Vms(site.cloud)
+    instance_id = vms.run(vms.user_data("poor"))
+    vms.wait_for_state(instance_id, "terminated")
+    console = vms.console(instance_id)
+    assert "is not authorized to perform: ssm:GetParameter on resource: arn:aws:ssm:" in console
