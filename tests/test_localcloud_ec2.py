@@ -393,6 +393,7 @@ class TestLaunchTemplate:
         data: Any = {
             "ImageId": vms.environment["SNAKEMAKE_SCHLOUDER_IMAGE"],
             "InstanceType": "c5.large",
+            "TagSpecifications": TAGS,
             "UserData": b64encode(SLEEP.encode()).decode(),
             "NetworkInterfaces": [{"DeviceIndex": 0, "SubnetId": vms.cloud.subnets["us-east-1b"]}],
             **SPOT,
@@ -408,6 +409,7 @@ class TestLaunchTemplate:
         )
         instance = answer["Instances"][0]
         assert instance["InstanceType"] == "m5.large"
+        assert TAGS[0]["Tags"][0] in instance["Tags"]
         assert instance["InstanceLifecycle"] == "spot"
         assert instance["Placement"]["AvailabilityZone"] == "us-east-1b"
         instance_id = instance["InstanceId"]

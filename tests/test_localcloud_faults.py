@@ -130,6 +130,7 @@ class TestDocument:
             ({"capacity": {"c5.large": 1}}, "'c5.large': allowed is type/zone/market"),
             ({"capacity": {"*/*/sopt": 1}}, "type/zone/market"),
             ({"capacity": {"*/*/spot": -1}}, "is -1: allowed is 0 or more"),
+            ({"missing_code": "NoSuch"}, "allowed is InvalidAction or InvalidRequest"),
             ({"vcpu_quota": {"both": 1}}, "'both': allowed is on-demand or spot"),
         ],
     )
@@ -142,7 +143,8 @@ class TestDocument:
             Faults(policy={"Statement": {"Effect": "Allow", "NotAction": "x", "Resource": "*"}})
 
     def test_missing_actions_are_of_ec2_unless_they_say_otherwise(self) -> None:
-        cloud = injector(missing=["GetProducts", "pricing:GetProducts"])
-        assert cloud.lacks("ec2", "GetProducts")
+        cloud = injector(missing=["*LaunchTemplate*", "pricing:*"])
+        assert cloud.lacks("ec2", "CreateLaunchTemplate")
+        assert not cloud.lacks("ssm", "CreateLaunchTemplate")
         assert cloud.lacks("pricing", "GetProducts")
-        assert not cloud.lacks("ssm", "GetProducts")
+        assert not cloud.lacks("ec2", "GetProducts")

@@ -30,6 +30,7 @@ LAUNCH = {
     "Action": "RunInstances",
     "ImageId": "ami-1",
     "SubnetId": "subnet-1",
+    "KeyName": "mine",
     "InstanceType": "c5.large",
     "SecurityGroupId.1": "sg-1",
     "IamInstanceProfile.Name": "schlouder-node",
@@ -159,6 +160,7 @@ class TestRequests:
             ("ec2:RunInstances", "arn:aws:ec2:us-east-1::image/ami-1"),
             ("ec2:RunInstances", EC2 + "subnet/subnet-1"),
             ("ec2:RunInstances", EC2 + "security-group/sg-1"),
+            ("ec2:RunInstances", EC2 + "key-pair/mine"),
             ("ec2:CreateTags", EC2 + "instance/*"),
             ("iam:PassRole", ROLE),
         }

@@ -118,6 +118,8 @@ def _run_instances(parameters: Parameters, lookup: Lookup) -> Iterator[Request]:
     for used in _used(parameters):
         context = {**_common(), **_resource_tags(lookup.tags(used))}
         yield Request("ec2:RunInstances", _arn_of(used), context)
+    if key := parameters.get("KeyName"):
+        yield Request("ec2:RunInstances", _arn("key-pair", key), _common())
     for kind, tags in created.items():
         context = {**_common(), **_request_tags(tags), "ec2:createaction": ["RunInstances"]}
         yield Request("ec2:CreateTags", _arn(kind, "*"), context)

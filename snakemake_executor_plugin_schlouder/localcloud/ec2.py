@@ -100,7 +100,6 @@ class Ec2:
         if action in UNSUPPORTED:
             return error("UnsupportedOperation", f"{action} does not work on these instances.")
         handlers: dict[str, Handler] = {
-            "RunInstances": self._run_instances,
             "TerminateInstances": self._terminate_instances,
             "GetConsoleOutput": self._console_output,
             "RegisterImage": _register_image,
@@ -143,7 +142,9 @@ class Ec2:
             return parameters
         given = {_stem(key) for key in parameters}
         wanted = _flat_template(version.data).items()
-        return {**{k: v for k, v in wanted if _stem(k) not in given}, **parameters}
+        resolved = {**{k: v for k, v in wanted if _stem(k) not in given}, **parameters}
+        resolved["LaunchTemplate.LaunchTemplateId"] = version.template.id
+        return resolved
 
     def lookup(self) -> Lookup:
         """What authorization asks of this cloud."""
@@ -183,7 +184,8 @@ class Ec2:
         market = wanted.get("InstanceMarketOptions.MarketType", ON_DEMAND)
         kind, zones = wanted.get("InstanceType", "m1.small"), self._zones_for(wanted)
         least, most = int(wanted.get("MinCount", "1")), int(wanted.get("MaxCount", "1"))
-        self._check(wanted, kind, market, most)
+        self._check_quota(kind, market, most)
+        self._check_bid(wanted, kind, zones[0], market)
         zone, count = best_zone(zones, lambda zone: injector.left(kind, zone, market), least, most)
         if count == 0:
             raise self._no_capacity(wanted, kind, zones, market, least)
@@ -223,15 +225,16 @@ class Ec2:
             raise Refusal("InvalidInput", f"No default subnet for availability zone: '{zone}'.")
         return [zone] if zone in known else list(self.zones)
 
-    def _check(self, wanted: Parameters, kind: str, market: str, most: int) -> None:
-        """The quota, and the highest price a spot launch is willing to pay."""
-        if kind not in INSTANCE_TYPES:
-            return
+    def _check_quota(self, kind: str, market: str, most: int) -> None:
         quota = self.instances.injector.faults.vcpu_quota.get(market)
-        if quota is not None and self.instances.vcpus(market) + most * vcpus(kind) > quota:
+        if quota is None or kind not in INSTANCE_TYPES:
+            return
+        if self.instances.vcpus(market) + most * vcpus(kind) > quota:
             raise _over_quota(market, quota)
+
+    def _check_bid(self, wanted: Parameters, kind: str, zone: str, market: str) -> None:
+        """EC2 API reference, SpotMarketOptions: MaxPrice."""
         bid = wanted.get("InstanceMarketOptions.SpotOptions.MaxPrice")
-        zone = self._zones_for(wanted)[0]
         if market == SPOT and bid and self.instances.spot_market.prices.on_demand(kind):
             price = self.instances.spot_market.at(kind, zone, datetime.now(UTC).timestamp()).usd
             if float(bid) < price:
@@ -498,6 +501,11 @@ def _flat_template(data: Mapping[str, Any]) -> Parameters:
                 flat.update({f"{name}.{key}.{inner}": str(text) for inner, text in value.items()})
             else:
                 flat[f"{name}.{key}"] = str(value)
+    for number, spec in enumerate(data.get("TagSpecifications") or [], 1):
+        flat[f"TagSpecification.{number}.ResourceType"] = spec["ResourceType"]
+        for place, tag in enumerate(spec["Tags"], 1):
+            flat[f"TagSpecification.{number}.Tag.{place}.Key"] = tag["Key"]
+            flat[f"TagSpecification.{number}.Tag.{place}.Value"] = tag.get("Value", "")
     card: Mapping[str, Any] = next(iter(data.get("NetworkInterfaces") or []), {})
     groups = data.get("SecurityGroupIds") or card.get("Groups") or []
     flat.update({f"SecurityGroupId.{number}": str(one) for number, one in enumerate(groups, 1)})

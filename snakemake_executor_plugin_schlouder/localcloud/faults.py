@@ -67,10 +67,10 @@ class Faults:
     - `vcpu_quota`: market → vCPUs that may be pending or running (EC2 user guide, Amazon EC2 service quotas).
     - `policy`: what ordinary callers may do; `vm_policy`: what a VM's temporary credentials may do.
       None: everything.
-    - `missing`: actions this cloud does not know ("DescribeInstanceTypes", "pricing:GetProducts"), as on
-      EC2-like clouds, and `missing_code`, what it then says: InvalidAction (EC2's own) or InvalidRequest
-      (OpenStack's ec2-api, `ec2api/api/apirequest.py`).
-    - `no_tags_on_create`: RunInstances knows no TagSpecifications, as before EC2's API version of 2016-11-15.
+    - `missing`: actions this cloud does not know ("DescribeInstanceTypes", "*LaunchTemplate*",
+      "pricing:*"), as on EC2-like clouds, and `missing_code`, what it then says: InvalidAction (EC2's own)
+      or InvalidRequest (OpenStack's ec2-api, `ec2api/api/apirequest.py`).
+    - `no_tags_on_create`: RunInstances knows no TagSpecifications, as EC2 itself did not before 2017.
       EC2-like clouds differ here, and some ignore what they do not know; this one answers UnknownParameter
       (EC2 API reference, Common client error codes).
     """
@@ -113,6 +113,8 @@ class Faults:
             _require(left >= 0, f"capacity[{pool!r}]", left, "0 or more")
         for market in self.vcpu_quota:
             _require(market in MARKETS, "vcpu_quota", market, "on-demand or spot")
+        codes = ("InvalidAction", "InvalidRequest")
+        _require(self.missing_code in codes, "missing_code", self.missing_code, " or ".join(codes))
         for document in (self.policy, self.vm_policy):
             if document is not None:
                 Policy.parse(document)
@@ -165,9 +167,9 @@ class Injector:
         return self._happens("lost_replies", self.faults.lost_replies)
 
     def lacks(self, service: str, action: str) -> bool:
-        """Whether this cloud does not know the action; names without a service are EC2's."""
-        names = {f"{service}:{action}"} | ({action} if service == "ec2" else set())
-        return not names.isdisjoint(self.faults.missing)
+        """Whether this cloud does not know the action; patterns without a service are of EC2's."""
+        patterns = [name if ":" in name else f"ec2:{name}" for name in self.faults.missing]
+        return any(fnmatchcase(f"{service}:{action}", pattern) for pattern in patterns)
 
     def fate(self, market: str) -> Fate:
         joins = not self._happens("never_join", self.faults.never_join)
