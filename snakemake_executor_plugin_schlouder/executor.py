@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from .launcher import Limits
 from .model import (
     NEVER,
     ON_DEMAND,
+    ONLY,
     SPOT,
     VM,
     InstanceType,
@@ -259,9 +260,10 @@ class Executor(RemoteExecutor):
             info.version,
             config.mounts,
         )
-        cloud = connect(_ec2_settings(config), join, _owner(), self.logger.warning)
+        markets = _markets(config, asked.values())
+        cloud = connect(_ec2_settings(config, markets), join, _owner(), self.logger.warning)
         offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
-        market = self._market(asked, cloud, offered)
+        market = self._market(asked, cloud, offered, markets)
         _check_sizes(asked, market)
         self._journal = self._open_journal()
         left = self._take_over(self._journal, cloud, offered, market.tariff)
@@ -300,19 +302,22 @@ class Executor(RemoteExecutor):
         self._warn_of_few_jobs(len(jobs))
 
     def _market(
-        self, asked: Mapping[Any, RuleSettings], cloud: Ec2Cloud, offered: Catalog
+        self,
+        asked: Mapping[Any, RuleSettings],
+        cloud: Ec2Cloud,
+        offered: Catalog,
+        markets: Sequence[str],
     ) -> Market:
         """The types that the settings and the rules name, and what they cost on the markets in question."""
         config = self._config
         of_rules = dict.fromkeys(s.need.types for s in asked.values() if s.need.types)
-        spots = {config.spot, *(settings.spot for settings in asked.values())}
         market = offered.market(
             config.instance_types,
             [word for words in of_rules for word in re.split(r"[,\s]+", words) if word],
             cloud.architecture,
             cloud.zones,
             config.prices,
-            [ON_DEMAND] if spots == {NEVER} else [ON_DEMAND, SPOT],
+            tuple(dict.fromkeys((ON_DEMAND, *markets))),
         )
         self.logger.info(f"schlouder: prices: {market.tariff.source}.")
         unpriced = [kind.name for kind in market.types if market.tariff.price(kind.name) is None]
@@ -739,7 +744,14 @@ class Executor(RemoteExecutor):
         self.logger.info(report.as_text(report.run_report(self._journal, self._run)))
 
 
-def _ec2_settings(config: Config) -> Ec2Settings:
+def _markets(config: Config, asked: Iterable[RuleSettings]) -> tuple[str, ...]:
+    """Those on which machines may be started."""
+    spots = {config.spot, *(settings.spot for settings in asked)}
+    wanted = {ON_DEMAND: spots != {ONLY}, SPOT: spots != {NEVER}}
+    return tuple(market for market, is_wanted in wanted.items() if is_wanted)
+
+
+def _ec2_settings(config: Config, markets: tuple[str, ...]) -> Ec2Settings:
     return Ec2Settings(
         region=config.region,
         image=config.image,
@@ -752,6 +764,7 @@ def _ec2_settings(config: Config) -> Ec2Settings:
         volume_encrypted=config.volume_encrypted,
         tags=config.tags,
         types=config.instance_types,
+        markets=markets,
     )
 
 
