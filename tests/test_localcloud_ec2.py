@@ -334,6 +334,12 @@ class TestPolicy:
 
     def test_a_dry_run_tells_whether_the_rights_are_there(self, vms: Vms) -> None:
         assert refusal(vms.run, DryRun=True) == "DryRunOperation"
+        assert refusal(vms.ec2.describe_instances, DryRun=True) == "DryRunOperation"
+        assert refusal(vms.run, DryRun=True, ImageId="ami-00000000") == "InvalidAMIID.NotFound"
+        vms.cloud.inject(Faults(no_tags_on_create=True, unknown_parameters=["MetadataOptions"]))
+        options = {"HttpTokens": "required"}
+        assert refusal(vms.run, DryRun=True, MetadataOptions=options) == "UnknownParameter"
+        assert refusal(vms.run, DryRun=True, TagSpecifications=TAGS) == "UnknownParameter"
         self.allow(vms, ["ec2:Describe*"])
         assert refusal(vms.run, DryRun=True) == "UnauthorizedOperation"
 

@@ -111,11 +111,11 @@ class TestDocument:
         faults = Faults(
             seed=3,
             capacity={"*/*/spot": 0},
-            throttle=Throttle(0.5, 10, 2, ["Run*"]),
+            throttle=Throttle(0.5, 10, 2, ("Run*",)),
             reclaim=Reclaims(0.2, (1.0, 2.0), 5.0),
             vcpu_quota={SPOT: 8},
             policy=DOCUMENT,
-            missing=["DescribeInstanceTypes"],
+            missing=("DescribeInstanceTypes",),
         )
         assert Faults.from_json(faults.to_json()) == faults
 

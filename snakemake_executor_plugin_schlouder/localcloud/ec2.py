@@ -124,6 +124,25 @@ class Ec2:
         except Refusal as refusal:
             return refusal.answer
 
+    def rehearse(self, parameters: Parameters) -> Response:
+        """The answer to a call that is not to be carried out, once it is known to be allowed.
+
+        EC2 API reference, Common query parameters (DryRun). What is wrong with the parameters of a launch
+        comes first; its capacity and its quota are not looked at.
+        """
+        try:
+            if parameters.get("Action") == "RunInstances":
+                wanted = self.resolved(parameters)
+                self._check_parameters(wanted)
+                backend().describe_images(ami_ids=[wanted["ImageId"]])
+                self._zones_for(wanted)
+        except Refusal as refusal:
+            return refusal.answer
+        except ServiceException as problem:
+            return error(problem.code, problem.message)
+        text = "Request would have succeeded, but DryRun flag is set."
+        return error("DryRunOperation", text, 412)
+
     def resolved(self, parameters: Parameters) -> Parameters:
         """The parameters of RunInstances with those of its launch template, over which they take precedence.
 
@@ -178,9 +197,7 @@ class Ec2:
 
     def _launch(self, wanted: Parameters, forward: Forward) -> tuple[Response, list[Any]]:
         injector = self.instances.injector
-        if injector.faults.no_tags_on_create and tags_on_create(wanted):
-            raise Refusal("UnknownParameter", "The parameter TagSpecification is not recognized")
-        _validate(wanted)
+        self._check_parameters(wanted)
         market = wanted.get("InstanceMarketOptions.MarketType", ON_DEMAND)
         kind, zones = wanted.get("InstanceType", "m1.small"), self._zones_for(wanted)
         least, most = int(wanted.get("MinCount", "1")), int(wanted.get("MaxCount", "1"))
@@ -205,6 +222,17 @@ class Ec2:
         injector.take(kind, zone, market, count)
         self.instances.begin(instances, market)
         return _with_spot_requests(answer, instances), instances
+
+    def _check_parameters(self, wanted: Parameters) -> None:
+        faults = self.instances.injector.faults
+        unknown = [*faults.unknown_parameters]
+        if faults.no_tags_on_create:
+            unknown.append("TagSpecification")
+        if "ImageId" not in wanted:
+            raise Refusal("MissingParameter", "The request must contain the parameter ImageId")
+        for name in sorted({_stem(name) for name in wanted} & set(unknown)):
+            raise Refusal("UnknownParameter", f"The parameter {name} is not recognized")
+        _validate(wanted)
 
     def _zones_for(self, wanted: Parameters) -> list[str]:
         """The zones in which the launch may land, the preferred one first.

@@ -170,9 +170,8 @@ class Endpoint:
         if refusal is not None:
             return refusal
         if parameters.get("DryRun") == "true":
-            # EC2 API reference, Common query parameters: with the rights to do it, this is the answer.
-            text = "Request would have succeeded, but DryRun flag is set."
-            return error("DryRunOperation", text, 412)
+            with self._lock:
+                return self.ec2.rehearse(parameters)
         answer = self.ec2.answer_unlocked(parameters, forward)
         if answer is not None:
             return answer

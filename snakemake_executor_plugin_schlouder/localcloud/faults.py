@@ -70,9 +70,10 @@ class Faults:
     - `missing`: actions this cloud does not know ("DescribeInstanceTypes", "*LaunchTemplate*",
       "pricing:*"), as on EC2-like clouds, and `missing_code`, what it then says: InvalidAction (EC2's own)
       or InvalidRequest (OpenStack's ec2-api, `ec2api/api/apirequest.py`).
-    - `no_tags_on_create`: RunInstances knows no TagSpecifications, as EC2 itself did not before 2017.
-      EC2-like clouds differ here, and some ignore what they do not know; this one answers UnknownParameter
-      (EC2 API reference, Common client error codes).
+    - `no_tags_on_create`: RunInstances knows no TagSpecifications, as EC2 itself did not before 2017; and
+      `unknown_parameters`, others that it does not know, such as MetadataOptions. EC2-like clouds differ
+      here, and some ignore what they do not know; this one answers UnknownParameter (EC2 API reference,
+      Common client error codes).
     """
 
     seed: int = 0
@@ -88,6 +89,7 @@ class Faults:
     missing: Sequence[str] = ()
     missing_code: str = "InvalidAction"
     no_tags_on_create: bool = False
+    unknown_parameters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, share in {
@@ -125,11 +127,14 @@ class Faults:
     @classmethod
     def from_json(cls, text: str | bytes) -> Faults:
         values = json.loads(text)
-        throttle = Throttle(**values.pop("throttle", {}))
-        reclaim = dict(values.pop("reclaim", {}))
-        if "after" in reclaim:
-            reclaim["after"] = tuple(reclaim["after"])
-        return cls(**values, throttle=throttle, reclaim=Reclaims(**reclaim))
+        throttle = Throttle(**_with_tuples(values.pop("throttle", {})))
+        reclaim = Reclaims(**_with_tuples(values.pop("reclaim", {})))
+        return cls(**_with_tuples(values), throttle=throttle, reclaim=reclaim)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
