@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -111,16 +112,7 @@ class Site:
 
     @property
     def aws(self) -> str:
-        """The partition of AWS in which the region is: aws, aws-cn, aws-us-gov ..."""
-        import botocore.session
-        from botocore.exceptions import UnknownRegionError
-
-        try:
-            return str(botocore.session.get_session().get_partition_for_region(self.region))
-        except UnknownRegionError as error:
-            raise SchlouderError(
-                f"region: {self.region!r} is no AWS region such as eu-west-1"
-            ) from error
+        return _aws_partition(self.region)
 
     @property
     def key(self) -> ClusterKey:
@@ -334,6 +326,19 @@ def _json(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
+@functools.cache
+def _aws_partition(region: str) -> str:
+    """The partition of AWS in which the region is: aws, aws-cn, aws-us-gov ..."""
+    import botocore.session
+    from botocore.exceptions import UnknownRegionError
+
+    try:
+        return str(botocore.session.get_session().get_partition_for_region(region))
+    except UnknownRegionError as error:
+        raise SchlouderError(f"region: {region!r} is no AWS region such as eu-west-1") from error
+
+
+@functools.cache
 def _installed_slurm() -> str:
     """What Slurm's client says of its version, empty where there is none."""
     try:

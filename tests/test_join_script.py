@@ -257,19 +257,8 @@ def test_the_watcher_asks_with_new_tokens_and_repeats_the_drain_until_slurm_take
     """The functions of the script, with a metadata service, a Slurm that fails once, and no pauses."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Imds)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\nprintf "%s|" "$SLURM_CONF" "$@" >>"$0.calls"\necho >>"$0.calls"\n'
-        '[ "$(wc -l <"$0.calls")" -gt 1 ]\n'
-    )
-    scontrol.chmod(0o755)
-    functions = SCRIPT.read_text().split("# A release as a number")[0]
-    program = (
-        f"SCHLOUDER_NODES=n1\n{functions}\nsleep() {{ :; }}\nNODE=n1\n"
-        f"METADATA=127.0.0.1:{server.server_port}\nwatch_spot\n"
-    )
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["sh"], input=program, text=True, env=environment, check=True, timeout=30)
+    recorder(tmp_path / "scontrol", failures=1)
+    shell(tmp_path, f"METADATA=127.0.0.1:{server.server_port}\nwatch_spot")
     server.shutdown()
     call = (
         "/run/slurm/conf/slurm.conf|update|nodename=n1|state=drain|"
@@ -277,3 +266,44 @@ def test_the_watcher_asks_with_new_tokens_and_repeats_the_drain_until_slurm_take
     )
     assert (tmp_path / "scontrol.calls").read_text().splitlines() == [call, call]
     assert Imds.asked == 3
+
+
+@pytest.mark.parametrize(("failures", "calls", "code"), [(2, 3, 0), (9, 6, 1)])
+def test_slurmd_is_started_again_as_long_as_slurmctld_may_be_restarting(
+    tmp_path: Path, failures: int, calls: int, code: int
+) -> None:
+    recorder(tmp_path / "slurmd", failures)
+    recorder(tmp_path / "shutdown", 0)
+    done = shell(tmp_path, "start_slurmd", code)
+    started = (tmp_path / "slurmd.calls").read_text().splitlines()
+    assert started == ["|-Z|-N|n1|--conf-server|head:6817|--conf|CPUs=1|"] * calls
+    assert (tmp_path / "shutdown.calls").exists() == bool(code)
+    assert ("n1 could not join Slurm at head:6817: slurmd does not start" in done) == bool(code)
+
+
+def recorder(command: Path, failures: int) -> None:
+    """A command that writes down how it is called, and fails so often."""
+    command.write_text(
+        '#!/bin/sh\nprintf "%s|" "$SLURM_CONF" "$@" >>"$0.calls"\necho >>"$0.calls"\n'
+        f'[ "$(wc -l <"$0.calls")" -gt {failures} ]\n'
+    )
+    command.chmod(0o755)
+
+
+def shell(folder: Path, program: str, code: int = 0) -> str:
+    """Runs a program that has the functions of the script, the commands of `folder` and no pauses; what it
+    says as an error."""
+    functions = SCRIPT.read_text().split("# A release as a number")[0]
+    assignments = "SCHLOUDER_CONTROLLER=head:6817\nSCHLOUDER_NODE_CONF=CPUs=1\n"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CONF": ""}
+    done = subprocess.run(
+        ["sh"],
+        input=f"{assignments}{functions}\nsleep() {{ :; }}\nNODE=n1\n{program}\n",
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr

@@ -171,6 +171,17 @@ start_munged() {
     fi
 }
 
+# slurmctld may be restarting: that is no reason to throw a machine away.
+start_slurmd() {
+    STEP='starting slurmd'
+    tries=0
+    until slurmd -Z -N "$NODE" --conf-server "$SCHLOUDER_CONTROLLER" --conf "$SCHLOUDER_NODE_CONF"; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 6 ] || die 'slurmd does not start'
+        sleep 10
+    done
+}
+
 # Waits until EC2 announces that it takes this spot machine back, and has Slurm give it no more jobs.
 watch_spot() {
     until notice=$(metadata spot/instance-action 2>/dev/null); do
@@ -195,7 +206,7 @@ need slurmd slurmd
 [ "$SCHLOUDER_AUTH" != munge ] || need munged munge
 [ -z "$SCHLOUDER_MOUNTS" ] || need mount.nfs nfs-common
 need curl curl
-need python3 python3-minimal
+need python3 python3
 need ip iproute2
 need pkill procps
 if [ -n "$MISSING" ]; then
@@ -248,11 +259,11 @@ done <<END
 $SCHLOUDER_MOUNTS
 END
 
-STEP='starting slurmd'
+STEP='naming the machine'
 hostname "$NODE"
 echo "$address $NODE" >>/etc/hosts
 install -d /var/spool/slurmd /var/log/slurm
-slurmd -Z -N "$NODE" --conf-server "$SCHLOUDER_CONTROLLER" --conf "$SCHLOUDER_NODE_CONF"
+start_slurmd
 
 if [ "$SCHLOUDER_MARKET" = spot ]; then
     watch_spot </dev/null >>/var/log/slurm/spot.log 2>&1 &
