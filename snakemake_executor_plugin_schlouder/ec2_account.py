@@ -292,17 +292,15 @@ def _zones(
 ) -> dict[str, tuple[str, ...]]:
     """The zones that can be launched in, with their subnets; none if that is the launch template's or the
     cloud's affair."""
-    interfaces = template.get("NetworkInterfaces") or []
-    if interfaces:
+    if template.get("NetworkInterfaces"):
         return {}
-    wanted = settings.subnets or tuple(filter(None, [template.get("SubnetId")]))
-    if wanted:
+    if settings.subnets:
         by_id = {
             subnet["SubnetId"]: subnet
-            for name in wanted
+            for name in settings.subnets
             for subnet in findings.asked("--schlouder-subnets", name, _subnet(ec2, name))
         }
-        subnets = [by_id[name] for name in wanted if name in by_id]
+        subnets = [by_id[name] for name in settings.subnets if name in by_id]
     else:
         subnets = _default_subnets(ec2)
     _check_networks(ec2, settings, subnets, findings)

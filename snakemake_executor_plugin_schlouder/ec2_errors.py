@@ -15,6 +15,8 @@ from .model import SPOT
 
 
 class Meaning(Enum):
+    ALLOWED = auto()
+    """The call was not to be carried out, and would have been."""
     CAPACITY = auto()
     """No machine of this type, market and zone just now; others may be had."""
     THROTTLED = auto()
@@ -34,6 +36,7 @@ class Meaning(Enum):
 
 
 _CODES: Mapping[Meaning, frozenset[str]] = {
+    Meaning.ALLOWED: frozenset({"DryRunOperation"}),
     Meaning.CAPACITY: frozenset(
         {
             "InsufficientInstanceCapacity",

@@ -45,6 +45,8 @@ from .launcher import Limits
 from .model import (
     NEVER,
     ON_DEMAND,
+    ONLY,
+    PREFER,
     SPOT,
     VM,
     InstanceType,
@@ -739,6 +741,9 @@ class Executor(RemoteExecutor):
         self.logger.info(report.as_text(report.run_report(self._journal, self._run)))
 
 
+_MARKETS = {NEVER: (ON_DEMAND,), PREFER: (ON_DEMAND, SPOT), ONLY: (SPOT,)}
+
+
 def _ec2_settings(config: Config) -> Ec2Settings:
     return Ec2Settings(
         region=config.region,
@@ -752,6 +757,7 @@ def _ec2_settings(config: Config) -> Ec2Settings:
         volume_encrypted=config.volume_encrypted,
         tags=config.tags,
         types=config.instance_types,
+        markets=_MARKETS[config.spot],
     )
 
 

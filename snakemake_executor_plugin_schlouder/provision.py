@@ -42,9 +42,6 @@ TAG_NODE = "schlouder:node"
 ALIVE = frozenset({"pending", "running", "stopping", "stopped"})
 """Instance states in which a machine costs money or may do so again."""
 
-MAX_BATCH = 10
-"""Most machines of one launch: the names of their nodes must fit into one tag."""
-
 _LAUNCHES_AT_ONCE = 8
 _TERMINATE_BATCH = 500
 _DESCRIBE_PAGE = 200
@@ -175,9 +172,13 @@ class _Launch:
     @classmethod
     def of(cls, request: LaunchRequest) -> _Launch:
         nodes = request.batch or (request.node,)
-        if request.node not in nodes or len(nodes) > MAX_BATCH or len(" ".join(nodes)) > _TAG_VALUE:
+        if request.node not in nodes or len(" ".join(nodes)) > _TAG_VALUE:
             raise ValueError(f"{request.node} cannot be launched in the batch {nodes}")
         return cls(request.run, nodes, request.token, request.type, request.market, request.zone)
+
+    def node_of(self, described: Mapping[str, Any]) -> str:
+        index: int = described.get("AmiLaunchIndex", 0)
+        return self.nodes[index]
 
     def of_one(self, node: str) -> _Launch:
         return replace(self, nodes=(node,), token=self._token_for(node))
@@ -224,10 +225,6 @@ class Ec2Cloud:
         return self._ec2.meta.endpoint_url
 
     @property
-    def client(self) -> EC2Client:
-        return self._ec2
-
-    @property
     def zones(self) -> tuple[str, ...]:
         """The zones a launch may name; empty: unknown, and not to be named."""
         return tuple(self._place.zones)
@@ -236,6 +233,10 @@ class Ec2Cloud:
     def architecture(self) -> str:
         """The image's, such as x86_64 or arm64; empty: unknown."""
         return self._place.architecture
+
+    @property
+    def client(self) -> EC2Client:
+        return self._ec2
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         launches = [self._launch_of(request) for request in requests]
@@ -277,39 +278,44 @@ class Ec2Cloud:
         """Asks, with calls that are not to be carried out, for the rights of a run, and learns what the cloud
         does not know of EC2."""
         first = dry_run(self._ec2.describe_instances)
-        if first is None or (first.code != "DryRunOperation" and first.meaning != Meaning.RIGHTS):
+        if first is None or first.meaning not in (Meaning.ALLOWED, Meaning.RIGHTS):
             self._do_without(
                 "dry runs: rights are not checked beforehand",
                 Abilities(tags_on_launch=False, metadata_options=False),
             )
             return
-        for refusal in (
-            first,
-            dry_run(self._ec2.describe_instance_types),
-            dry_run(self._ec2.terminate_instances, InstanceIds=[PROBE_INSTANCE]),
-        ):
-            if refusal is not None and refusal.meaning == Meaning.RIGHTS:
-                findings.lacks(RightMissing(refusal))
-        type_name = self._some_type()
+        self._note(first, findings)
+        self._note(dry_run(self._ec2.terminate_instances, InstanceIds=[PROBE_INSTANCE]), findings)
+        type_name = self._some_type(findings)
         for market in self._settings.markets:
             self._rehearse_launch(type_name, market, findings)
 
-    def _some_type(self) -> str:
-        """One that may be launched; empty: unknown."""
-        names = self._settings.types
-        plain = [name for name in names if not re.search(r"[*?]", name)]
-        if plain or not names:
-            return next(iter(plain), "")
-        filters: Any = [{"Name": "instance-type", "Values": list(names)}]
+    def _note(self, refusal: Ec2Error | None, findings: Findings) -> None:
+        if refusal is not None and refusal.meaning == Meaning.RIGHTS:
+            findings.lacks(RightMissing(refusal))
+
+    def _some_type(self, findings: Findings) -> str:
+        """One that may be launched; empty: unknown. Types that do not exist are found by the catalog."""
+        words = self._settings.types
+        if not words:
+            return ""
+        for name in (word for word in words if "." in word and not re.search(r"[*?]", word)):
+            self._note(dry_run(self._ec2.describe_instance_types, InstanceTypes=[name]), findings)
+            return name
+        patterns = [word if "." in word else f"{word}.*" for word in words]
+        filters: Any = [{"Name": "instance-type", "Values": patterns}]
         if self.architecture:
             name = "processor-info.supported-architecture"
             filters.append({"Name": name, "Values": [self.architecture]})
         try:
             found = asked(
                 "--schlouder-instance-types",
-                ", ".join(names),
+                ", ".join(words),
                 lambda: self._ec2.describe_instance_types(Filters=filters)["InstanceTypes"],
             )
+        except RightMissing as error:
+            findings.lacks(error)
+            return ""
         except SchlouderError:
             return ""
         return str(found[0]["InstanceType"])
@@ -354,7 +360,7 @@ class Ec2Cloud:
             effects.append("VMs are started one by one and tagged right after that")
         if not abilities.metadata_options:
             effects.append("IMDSv2 is not demanded")
-        self._warn(f"The cloud at {self.endpoint} does not know {what}; {', '.join(effects)}.")
+        self._warn(f"The cloud at {self.endpoint} does not take {what}; {', '.join(effects)}.")
 
     # -- launches
 
@@ -462,8 +468,10 @@ class Ec2Cloud:
     # -- machines
 
     def _launched(self, described: Mapping[str, Any], launch: _Launch) -> Instance:
-        node = launch.nodes[described.get("AmiLaunchIndex", 0)]
+        node = launch.node_of(described)
         if TAG_RUN not in _tags_of(described):
+            if self._abilities.tags_on_launch:
+                self._do_without("tags", replace(self._abilities, tags_on_launch=False))
             self._tag(described["InstanceId"], launch.run, node)
         return replace(_instance(described), run=launch.run, node=node)
 
@@ -483,7 +491,7 @@ class Ec2Cloud:
         launch = self._launches.get(described.get("ClientToken", ""))
         if instance.node or launch is None:
             return instance
-        (node,) = launch.nodes
+        node = launch.node_of(described)
         if instance.is_alive:
             self._tag(instance.id, run, node)
         return replace(instance, node=node)
@@ -567,7 +575,7 @@ def _outcome(error: Ec2Error, launch: _Launch) -> LaunchOutcome:
             return LaunchRefused(rights_text(error))
         case Meaning.SPENT:
             return TokenSpent(str(error))
-        case Meaning.UNKNOWN | Meaning.WRONG:
+        case Meaning.UNKNOWN | Meaning.WRONG | Meaning.ALLOWED:
             return LaunchRefused(str(error))
 
 

@@ -112,6 +112,20 @@ def test_the_same_token_starts_one_machine(ec2: Ec2Cloud) -> None:
 
 
 @pytest.mark.integration
+def test_machines_of_a_batch_are_told_apart_and_not_started_twice(ec2: Ec2Cloud) -> None:
+    run = run_of(ec2)
+    batch = tuple(f"{run}-{number}" for number in range(3))
+    token = client_token(run, batch, KIND.name, ON_DEMAND, "", 1)
+    requests = [LaunchRequest(run, node, token, KIND, batch=batch) for node in batch]
+    first = {i.node: i.id for i in ec2.launch(requests) if isinstance(i, Instance)}
+    (again,) = ec2.launch(requests[2:])
+    assert isinstance(again, Instance)
+    assert (again.node, again.id) == (batch[2], first[batch[2]])
+    assert {i.node: i.id for i in ec2.instances(run)} == first
+    assert list(first) == list(batch)
+
+
+@pytest.mark.integration
 def test_describe_reads_every_page_and_reservation(
     ec2: Ec2Cloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:

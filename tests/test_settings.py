@@ -84,6 +84,22 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
         ({"margin": -1.0}, "--schlouder-margin: -1.0"),
         ({"boot_timeout": 0.0}, "--schlouder-boot-timeout: 0.0"),
         ({"image": None}, "--schlouder-image: not given"),
+        ({"launch_template": "a b"}, "--schlouder-launch-template: 'a b' is not allowed"),
+        ({"launch_template": "lt-1:x"}, "--schlouder-launch-template: 'lt-1:x' is not allowed"),
+        ({"volume_size": 0}, "--schlouder-volume-size: 0 is not allowed; it must be whole GiB"),
+        ({"volume_size": 65537}, "--schlouder-volume-size: 65537 is not allowed"),
+        ({"tags": "a"}, "--schlouder-tags: 'a' is not allowed; it is no key=value"),
+        ({"tags": "=b"}, "--schlouder-tags: '=b' is not allowed; EC2 takes keys of 1 to 128"),
+        ({"tags": "k" * 129 + "="}, "is not allowed; EC2 takes keys of 1 to 128"),
+        ({"tags": "k=" + "v" * 257}, "and values of 256 at most"),
+        ({"tags": "k=a;b"}, "--schlouder-tags: 'k=a;b' is not allowed; EC2 takes letters, digits"),
+        ({"tags": "AWS:k=v"}, "keys that begin with aws: or schlouder: are taken"),
+        ({"tags": "schlouder:run=x"}, "keys that begin with aws: or schlouder: are taken"),
+        ({"tags": "k=v,k=w"}, "--schlouder-tags: 'k=w' is not allowed; the key is given twice"),
+        (
+            {"tags": ",".join(f"k{n}=v" for n in range(47))},
+            "--schlouder-tags: 47 tags are not allowed; EC2 takes 50 for a resource",
+        ),
         ({"instance_types": ""}, "--schlouder-instance-types: not given"),
         ({"prices": "no.csv"}, "--schlouder-prices: there is no file 'no.csv'"),
         ({"type_table": "/tmp"}, "--schlouder-type-table: there is no file '/tmp'"),
@@ -115,6 +131,17 @@ def test_a_wrong_setting_is_named_with_its_value(values: dict[str, Any], message
     with pytest.raises(SchlouderError) as caught:
         validated(given(**values))
     assert message in str(caught.value)
+
+
+def test_what_launches_name_is_taken_apart() -> None:
+    config = validated(
+        given(
+            image=None, launch_template="vms:$Latest", subnets="s-1,s-2", tags="a=b c, d:e=f=@,g="
+        )
+    )
+    assert (config.image, config.launch_template) == ("", "vms:$Latest")
+    assert config.subnets == ("s-1", "s-2")
+    assert config.tags == (("a", "b c"), ("d:e", "f=@"), ("g", ""))
 
 
 def test_all_wrong_settings_are_told_at_once() -> None:
