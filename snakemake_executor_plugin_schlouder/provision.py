@@ -225,10 +225,6 @@ class Ec2Cloud:
         return self._ec2.meta.endpoint_url
 
     @property
-    def client(self) -> EC2Client:
-        return self._ec2
-
-    @property
     def zones(self) -> tuple[str, ...]:
         """The zones a launch may name; empty: unknown, and not to be named."""
         return tuple(self._place.zones)
@@ -237,6 +233,10 @@ class Ec2Cloud:
     def architecture(self) -> str:
         """The image's, such as x86_64 or arm64; empty: unknown."""
         return self._place.architecture
+
+    @property
+    def client(self) -> EC2Client:
+        return self._ec2
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         launches = [self._launch_of(request) for request in requests]

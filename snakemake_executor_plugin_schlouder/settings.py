@@ -25,6 +25,7 @@ from .slurm import APIS
 _T = TypeVar("_T")
 
 SPOT_CHOICES = (NEVER, PREFER, ONLY)
+
 _TEMPLATE = r"[A-Za-z0-9()./_-]{3,128}(:(\d+|\$Latest|\$Default))?"
 
 _LARGEST_VOLUME = 65536
