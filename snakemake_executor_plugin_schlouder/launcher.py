@@ -112,9 +112,9 @@ class Launcher:
             bound += self.bound([vm], now)
             if bound > self._limits.max_spend:
                 self.refusal = (
-                    f"--schlouder-max-spend of {self._limits.max_spend:.2f} USD: "
-                    f"{self.spent(others, now):.2f} USD are spent, and with {vm.name} ({vm.type.name}) "
-                    f"it would come to {bound:.2f}"
+                    f"--schlouder-max-spend of {self._limits.max_spend:g} USD: "
+                    f"{self.spent(others, now):.4g} USD are spent, and with {vm.name} ({vm.type.name}) "
+                    f"it would come to {bound:.4g}"
                 )
                 return wanted[:count]
         return wanted

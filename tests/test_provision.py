@@ -157,7 +157,6 @@ def test_terminating_nothing_asks_nothing(ec2: Ec2Cloud) -> None:
 def test_a_clouds_catalog_is_asked_through_its_endpoint(
     ec2: Ec2Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has types and spot prices, but no price list."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     warnings: list[str] = []
     asked = catalog.connect(ec2.client, "", warnings.append)
@@ -165,9 +164,10 @@ def test_a_clouds_catalog_is_asked_through_its_endpoint(
     assert kind == InstanceType("m5.4xlarge", 16, 65536)
     assert asked.offerings([kind], ["us-east-1a"]) == {("m5.4xlarge", "us-east-1a")}
     tariff = asked.tariff([kind], ["us-east-1a"], "", [ON_DEMAND, SPOT])
-    assert tariff.price(kind.name) is None
-    assert (tariff.price(kind.name, SPOT) or 0) > 0
-    assert [line.partition(": ")[0] for line in warnings] == ["the price of m5.4xlarge is unknown"]
+    normal, spot = (tariff.price(kind.name, market) or 0.0 for market in (ON_DEMAND, SPOT))
+    assert 0 < spot < normal
+    assert "Price List API" in tariff.source
+    assert warnings == []
     assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["schlouder"]
 
 
