@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 from test_localcloud import Vms, wait
 
 import snakemake_executor_plugin_schlouder
-from snakemake_executor_plugin_schlouder.joining import Mount
+from snakemake_executor_plugin_schlouder.joining import EFS_OPTIONS, Mount, parse_mounts
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 
 SCRIPT = Path(snakemake_executor_plugin_schlouder.__file__).parent / "templates" / "join.sh"
@@ -273,12 +274,28 @@ def test_slurmd_is_started_again_as_long_as_slurmctld_may_be_restarting(
     tmp_path: Path, failures: int, calls: int, code: int
 ) -> None:
     recorder(tmp_path / "slurmd", failures)
-    recorder(tmp_path / "shutdown", 0)
     done = shell(tmp_path, "start_slurmd", code)
     started = (tmp_path / "slurmd.calls").read_text().splitlines()
     assert started == ["|-Z|-N|n1|--conf-server|head:6817|--conf|CPUs=1|"] * calls
     assert (tmp_path / "shutdown.calls").exists() == bool(code)
     assert ("n1 could not join Slurm at head:6817: slurmd does not start" in done) == bool(code)
+
+
+def test_file_systems_are_mounted_one_after_the_other_with_their_options(tmp_path: Path) -> None:
+    recorder(tmp_path / "mount", 0)
+    recorder(tmp_path / "mkdir", 0)
+    efs = "fs-1.efs.eu-west-1.amazonaws.com"
+    mounts = parse_mounts(f"{efs}:/=/data nas:/a=/b,ro")
+    text = "\n".join(f"{mount.source} {mount.point} {mount.options}" for mount in mounts)
+    shell(tmp_path, f"SCHLOUDER_MOUNTS={shlex.quote(text)}\nmount_file_systems")
+    assert (tmp_path / "mkdir.calls").read_text().splitlines() == ["|-p|/data|", "|-p|/b|"]
+    assert (tmp_path / "mount.calls").read_text().splitlines() == [
+        f"|-t|nfs|-o|{EFS_OPTIONS}|{efs}:/|/data|",
+        "|-t|nfs|-o|ro|nas:/a|/b|",
+    ]
+    recorder(tmp_path / "mount", 9)
+    told = shell(tmp_path, f"SCHLOUDER_MOUNTS={shlex.quote(text)}\nmount_file_systems", 1)
+    assert f"mounting {efs}:/ on /data failed (1)" in told
 
 
 def recorder(command: Path, failures: int) -> None:
@@ -292,7 +309,8 @@ def recorder(command: Path, failures: int) -> None:
 
 def shell(folder: Path, program: str, code: int = 0) -> str:
     """Runs a program that has the functions of the script, the commands of `folder` and no pauses; what it
-    says as an error."""
+    says as an error. Its shutdown is only written down."""
+    recorder(folder / "shutdown", failures=0)
     functions = SCRIPT.read_text().split("# A release as a number")[0]
     assignments = "SCHLOUDER_CONTROLLER=head:6817\nSCHLOUDER_NODE_CONF=CPUs=1\n"
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CONF": ""}

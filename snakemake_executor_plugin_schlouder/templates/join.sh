@@ -171,6 +171,18 @@ start_munged() {
     fi
 }
 
+mount_file_systems() {
+    while read -r source point options; do
+        if [ -n "$source" ]; then
+            STEP="mounting $source on $point"
+            mkdir -p "$point"
+            mount -t nfs -o "$options" "$source" "$point" </dev/null
+        fi
+    done <<END
+$SCHLOUDER_MOUNTS
+END
+}
+
 # slurmctld may be restarting: that is no reason to throw a machine away.
 start_slurmd() {
     STEP='starting slurmd'
@@ -249,15 +261,7 @@ if [ -e /proc/net/if_inet6 ]; then
     ip -6 rule add priority 1 to "$METADATA_IPV6" uidrange 1-4294967294 prohibit
 fi
 
-while read -r source point options; do
-    if [ -n "$source" ]; then
-        STEP="mounting $source on $point"
-        mkdir -p "$point"
-        mount -t nfs -o "$options" "$source" "$point" </dev/null
-    fi
-done <<END
-$SCHLOUDER_MOUNTS
-END
+mount_file_systems
 
 STEP='naming the machine'
 hostname "$NODE"
