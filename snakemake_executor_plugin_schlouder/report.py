@@ -121,7 +121,7 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     if homeless:
         parts.append(Text("\nNot on any VM"))
         parts.append(_task_table(homeless))
-    parts.append(Text(f"\n{_cost_line(spent, record)}", style="bold"))
+    parts.append(Text(f"\n{_cost_lines(spent, record)}"))
     if spent.usd:
         parts.append(_rule_table(spent))
     return Group(*parts)
@@ -152,20 +152,22 @@ def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> s
     )
 
 
-def _cost_line(spent: Account, run: RunRecord) -> str:
-    """The account: units, price, idle share, what spot machines have saved. Compute only."""
+def _cost_lines(spent: Account, run: RunRecord) -> str:
+    """The account: units, price, idle share, what spot machines have saved."""
     many = "" if spent.units == 1 else "s"
-    text = f"Cost: {spent.units} unit{many} of {run.unit:g} s"
+    parts = [f"Cost: {spent.units} unit{many} of {run.unit:g} s"]
     if spent.usd is not None:
-        text += f", {_usd(spent.usd)} (prices: {run.prices or 'unknown'})"
+        parts.append(f" = {_usd(spent.usd)}")
     elif spent.bills:
-        text += ", at unknown prices"
+        parts.append(" at unknown prices")
     if spent.bills:
-        text += f"; nothing ran in {spent.idle:.0%} of the VMs' time"
+        parts.append(f"; nothing ran in {spent.idle:.0%} of the VMs' time")
     if spent.saving:
         normal = (spent.usd or 0.0) + spent.saving
-        text += f"; spot machines saved {_usd(spent.saving)} ({spent.saving / normal:.0%})"
-    return f"{text}. Storage, addresses and transfer are not in it."
+        parts.append(f"\nSpot machines saved {_usd(spent.saving)} ({spent.saving / normal:.0%})")
+    parts.append(f"\nPrices: {run.prices or 'unknown'}")
+    parts.append("\nStorage, addresses and transfer are not in it.")
+    return "".join(parts)
 
 
 def _rule_table(spent: Account) -> RenderableType:

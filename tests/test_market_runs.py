@@ -99,8 +99,8 @@ def test_each_rule_runs_where_it_costs_least_and_the_books_equal_the_meter(site:
     used = {(vm.instance_type, vm.market) for vm in vms_of(site)}
     assert used == {("m5.large", ON_DEMAND), ("m5.xlarge", ON_DEMAND), ("m5.large", SPOT)}
     assert_books_equal_the_meter(site)
-    assert "prices: on-demand: Price List API" in done.stdout
-    assert "spot machines saved" in done.stdout
+    assert "Prices: on-demand: Price List API" in done.stdout
+    assert "Spot machines saved" in done.stdout
     (cost,) = (line for line in done.stdout.splitlines() if line.startswith("Cost: "))
     assert f"Cost: {books_of(site).units} units of 1 s" in cost
 

@@ -13,13 +13,17 @@ from workflows import wait_for
 from snakemake_executor_plugin_schlouder import catalog, provision
 from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
 from snakemake_executor_plugin_schlouder.joining import Join
-from snakemake_executor_plugin_schlouder.localcloud import Faults, LocalCloud
+from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.localcloud.faults import Faults, Throttle
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     Ec2Cloud,
     Instance,
     LaunchRequest,
+    NoCapacity,
+    QuotaReached,
+    Throttled,
     TokenSpent,
     client_token,
     connect,
@@ -77,6 +81,13 @@ def ec2(settings: Ec2Settings) -> Iterator[Ec2Cloud]:
         adapter.terminate(alive)
 
 
+@pytest.fixture
+def troubled(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """The cloud, whose faults end with the test."""
+    yield cloud
+    cloud.inject(Faults())
+
+
 def run_of(ec2: Ec2Cloud) -> str:
     return str(ec2.test_run)  # type: ignore[attr-defined]
 
@@ -85,6 +96,14 @@ def request(ec2: Ec2Cloud, number: int) -> LaunchRequest:
     run = run_of(ec2)
     node = f"{run}-{number}"
     return LaunchRequest(run, node, client_token(run, (node,), "m5.large", ON_DEMAND, "", 1), KIND)
+
+
+def batch_of(ec2: Ec2Cloud, attempt: int = 1) -> list[LaunchRequest]:
+    """Three machines."""
+    run = run_of(ec2)
+    names = tuple(f"{run}-{attempt}-{number}" for number in range(3))
+    token = client_token(run, names, KIND.name, ON_DEMAND, "", attempt)
+    return [LaunchRequest(run, node, token, KIND, batch=names) for node in names]
 
 
 def launched(ec2: Ec2Cloud, number: int) -> Instance:
@@ -114,16 +133,67 @@ def test_the_same_token_starts_one_machine(ec2: Ec2Cloud) -> None:
 
 @pytest.mark.integration
 def test_machines_of_a_batch_are_told_apart_and_not_started_twice(ec2: Ec2Cloud) -> None:
-    run = run_of(ec2)
-    batch = tuple(f"{run}-{number}" for number in range(3))
-    token = client_token(run, batch, KIND.name, ON_DEMAND, "", 1)
-    requests = [LaunchRequest(run, node, token, KIND, batch=batch) for node in batch]
+    requests = batch_of(ec2)
     first = {i.node: i.id for i in ec2.launch(requests) if isinstance(i, Instance)}
     (again,) = ec2.launch(requests[2:])
     assert isinstance(again, Instance)
-    assert (again.node, again.id) == (batch[2], first[batch[2]])
-    assert {i.node: i.id for i in ec2.instances(run)} == first
-    assert list(first) == list(batch)
+    assert list(first) == [request.node for request in requests]
+    assert (again.node, again.id) == (requests[2].node, first[again.node])
+    assert {i.node: i.id for i in ec2.instances(run_of(ec2))} == first
+
+
+@pytest.mark.integration
+def test_what_a_troubled_cloud_says_of_a_launch(ec2: Ec2Cloud, troubled: LocalCloud) -> None:
+    def outcomes(attempt: int, faults: Faults) -> list[type]:
+        troubled.inject(faults)
+        return [type(outcome) for outcome in ec2.launch(batch_of(ec2, attempt))]
+
+    few = Faults(capacity={"m5.large/*/*": 2})
+    assert outcomes(1, few) == [Instance, Instance, NoCapacity]
+    assert outcomes(2, Faults(capacity={"m5.large/*/*": 0})) == [NoCapacity] * 3
+    assert outcomes(3, Faults(throttle=Throttle(1.0, 1.0, 1.0))) == [Throttled] * 3
+    assert outcomes(4, Faults(vcpu_quota={"on-demand": 0})) == [QuotaReached] * 3
+    assert outcomes(5, Faults(lost_replies=1.0)) == [CloudUnavailable] * 3
+    assert outcomes(5, Faults()) == [Instance] * 3
+    assert len(ec2.instances(run_of(ec2))) == 2 + 3
+
+
+@pytest.mark.integration
+def test_all_rights_that_are_missing_are_named_at_once(
+    settings: Ec2Settings, troubled: LocalCloud
+) -> None:
+    actions = ["ec2:Describe*", "ec2:RunInstances"]
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    troubled.inject(Faults(policy={"Version": "2012-10-17", "Statement": [statement]}))
+    with pytest.raises(SchlouderError) as caught:
+        connect(settings, JOIN, "me@here")
+    (line,) = str(caught.value).splitlines()
+    for right in ("iam:PassRole", "ec2:CreateTags", "ec2:TerminateInstances"):
+        assert f"{right} (on arn:aws:" in line
+    assert "ec2:RunInstances" not in line
+
+
+@pytest.mark.integration
+def test_on_a_cloud_without_tags_in_the_launch_machines_are_found_all_the_same(
+    settings: Ec2Settings, troubled: LocalCloud
+) -> None:
+    troubled.inject(
+        Faults(no_tags_on_create=True, unknown_parameters=("MetadataOptions",), lost_replies=1.0)
+    )
+    warnings: list[str] = []
+    bare = connect(settings, JOIN, "me@here", warnings.append)
+    assert ["TagSpecifications" in line for line in warnings] == [False, True]
+    bare.test_run = run = f"test{time.monotonic_ns()}"  # type: ignore[attr-defined]
+    requests = batch_of(bare)
+    assert {type(outcome) for outcome in bare.launch(requests[:1])} == {CloudUnavailable}
+    names = [request.node for request in requests]
+    assert [instance.node for instance in bare.instances(run)] == names[:1]
+    troubled.inject(Faults(no_tags_on_create=True, unknown_parameters=("MetadataOptions",)))
+    started = bare.launch(requests)
+    assert [outcome.node for outcome in started if isinstance(outcome, Instance)] == names
+    tagged = connect(settings, JOIN, "me@here", warnings.append).instances(run)
+    assert sorted(instance.node for instance in tagged) == names
+    bare.terminate([instance.id for instance in tagged])
 
 
 @pytest.mark.integration
