@@ -118,6 +118,10 @@ class Executor(RemoteExecutor):
         try:
             self._config = validated(self.executor_settings)
             self._shares_files = shares_files(self.workflow.storage_settings.shared_fs_usage)
+            if self._config.bundle and not self._shares_files:
+                raise SchlouderError(
+                    "--schlouder-bundle: 'on' is not supported with --shared-fs-usage none; it must be off"
+                )
             self._places = Dag(self.dag, self._walltimes_ahead)
             jobs = self._jobs_ahead()
             if jobs:
@@ -388,10 +392,6 @@ class Executor(RemoteExecutor):
 
     def _storage(self) -> Objects:
         """In the default storage, where jobs tell how they ended; SchlouderError if that is not fit."""
-        if self._config.bundle:
-            raise SchlouderError(
-                "--schlouder-bundle: 'on' is not supported with --shared-fs-usage none; it must be off"
-            )
         given = self.workflow.storage_settings
         settings = self.workflow.storage_registry.default_storage_provider.settings
         provider, prefix = given.default_storage_provider, given.default_storage_prefix

@@ -121,6 +121,28 @@ def test_the_example_workflow_makes_the_same_as_with_shared_files(
         assert bucket.content(name) == (here / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--schlouder-bundle", "on"), "--schlouder-bundle: 'on' is not supported"),
+        (
+            ("--set-resources", "bad:nodes=2", "bad:tasks=2", "bad:mpi=srun"),
+            "rule bad: nodes: 2 is not supported",
+        ),
+        (("--default-storage-prefix", f"s3://{BUCKET}/a b"), f"'s3://{BUCKET}/a b' is not allowed"),
+    ],
+)
+def test_what_takes_shared_files_is_refused_before_a_vm_starts(
+    site: Site, options: tuple[str, ...], message: str
+) -> None:
+    site.write(ONE_FAILS.format(here=site.directory))
+    before = len(site.instances())
+    done = site.run(*Bucket(site.cloud, "refused").options, *options)
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert len(site.instances()) == before
+
+
 def test_a_failing_job_shows_its_log_and_the_vms_see_nothing_of_the_host(site: Site) -> None:
     site.write(ONE_FAILS.format(here=site.directory))
     (site.directory / "secret-of-the-host").write_text("everything\n")
