@@ -29,6 +29,9 @@ BUCKET = "no-shared-files"
 SECRET = "only-in-the-environment"
 STORAGE = ("--shared-fs-usage", "none", "--default-storage-provider", "s3")
 
+PROJECT = Path.cwd()
+"""The directory in which the embedded cloud is started."""
+
 ONE_FAILS = """
 rule all:
     input: "good.txt", "bad.txt"
@@ -39,9 +42,14 @@ rule bad:
     output: "bad.txt"
     shell:
         "echo sees $(cat {here}/secret-of-the-host || echo nothing);"
+        " echo files $(ls -A {project}; ls -A {home});"
         " mkdir -p {here}; echo x >{here}/written-by-a-vm;"
         " ps -eo args; echo this is why; exit 3"
 """
+
+
+def one_fails(site: Site) -> str:
+    return ONE_FAILS.format(here=site.directory, project=PROJECT, home=Path.home())
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +114,16 @@ def test_the_example_workflow_makes_the_same_as_with_shared_files(
     shutil.copytree(WORKFLOW, site.directory, dirs_exist_ok=True)
     under_git(site.directory)
     bucket = Bucket(site.cloud, "projects/example=1")
-    done = site.run(*bucket.options, "--config", "chunks=2")
+    here = tmp_path_factory.mktemp("here")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "chunks=2"]
+    command += ["--snakefile", str(WORKFLOW / "Snakefile"), "--directory", str(here)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as beside:
+        done = site.run(*bucket.options, "--config", "chunks=2")
+    assert beside.returncode == 0
     assert done.returncode == 0, done.stdout
     assert "7 of 7 jobs complete" in done.stdout
     assert SECRET not in done.stdout
     assert not (site.directory / "results").exists()
-    here = tmp_path_factory.mktemp("here")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "chunks=2"]
-    command += ["--snakefile", str(WORKFLOW / "Snakefile"), "--directory", str(here)]
-    subprocess.run(command, capture_output=True, check=True)
     made = {str(path.relative_to(here)) for path in here.glob("results/**/*") if path.is_file()}
     assert bucket.names() == made
     for name in ("results/peptides.tsv", "results/psms.tsv", "results/summary.json"):
@@ -135,7 +144,7 @@ def test_the_example_workflow_makes_the_same_as_with_shared_files(
 def test_what_takes_shared_files_is_refused_before_a_vm_starts(
     site: Site, options: tuple[str, ...], message: str
 ) -> None:
-    site.write(ONE_FAILS.format(here=site.directory))
+    site.write(one_fails(site))
     before = len(site.instances())
     done = site.run(*Bucket(site.cloud, "refused").options, *options)
     assert done.returncode == 1
@@ -144,7 +153,7 @@ def test_what_takes_shared_files_is_refused_before_a_vm_starts(
 
 
 def test_a_failing_job_shows_its_log_and_the_vms_see_nothing_of_the_host(site: Site) -> None:
-    site.write(ONE_FAILS.format(here=site.directory))
+    site.write(one_fails(site))
     (site.directory / "secret-of-the-host").write_text("everything\n")
     bucket = Bucket(site.cloud, "failing")
     done = site.run(*bucket.options, "--keep-going")
@@ -154,6 +163,8 @@ def test_a_failing_job_shows_its_log_and_the_vms_see_nothing_of_the_host(site: S
     (log,) = site.directory.glob(".snakemake/schlouder/*/*-bad.1.log")
     text = log.read_text(errors="replace")
     assert "sees nothing" in text and "python" in text and SECRET not in text + done.stdout
+    (files,) = [line.split()[1:] for line in text.splitlines() if line.startswith("files ")]
+    assert not set(files) & {"pyproject.toml", "tests", ".bashrc", ".profile", ".cache"}
     assert not (site.directory / "written-by-a-vm").exists()
     assert "said by good" not in done.stdout
     assert SECRET not in site.slurm("scontrol", "--details", "show", "job")
