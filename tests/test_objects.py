@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -152,6 +154,31 @@ def test_jobs_need_a_key_of_their_own() -> None:
     assert has_credentials(["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
     assert has_credentials(["SNAKEMAKE_STORAGE_S3_REGION", "SNAKEMAKE_STORAGE_S3_ACCESS_KEY"])
     assert not has_credentials(["SNAKEMAKE_STORAGE_S3_REGION", "AWS_SECRET_ACCESS_KEY"])
+
+
+def test_the_documented_rights_are_those_it_takes(bench: Bench) -> None:
+    rights = {
+        "HeadBucket": "s3:ListBucket",
+        "ListObjectsV2": "s3:ListBucket",
+        "GetObject": "s3:GetObject",
+        "PutObject": "s3:PutObject",
+        "DeleteObject": "s3:DeleteObject",
+        "DeleteObjects": "s3:DeleteObject",
+    }
+    text = (Path(__file__).parents[1] / "docs/further.md").read_text()
+    (policy,) = (
+        json.loads(block)
+        for block in re.findall(r"```json\n(.*?)```", text, re.S)
+        if "s3:" in block
+    )
+    listed = [each["Action"] for each in policy["Statement"]]
+    allowed = {action for one in listed for action in ([one] if isinstance(one, str) else one)}
+    bench.objects.revoke(bench.exit_file(2))
+    bench.put(1, ".log")
+    bench.objects.fetch_log(bench.exit_file(), bench.directory / "log")
+    bench.objects.exit_of(bench.exit_file())
+    bench.objects.clear()
+    assert {rights[request] for request in bench.requests} == allowed
 
 
 # -- scripts
