@@ -13,7 +13,7 @@ __all__ = ["Executor", "ExecutorSettings", "common_settings"]
 common_settings = CommonSettings(
     non_local_exec=True,
     implies_no_shared_fs=False,
-    job_deploy_sources=False,
+    job_deploy_sources=True,
     pass_envvar_declarations_to_cmd=False,
     auto_deploy_default_storage_provider=False,
 )

@@ -63,13 +63,16 @@ from .slurm import (
 )
 from .slurm.script import (
     TIMED_OUT,
+    VM_DIRECTORY,
     BundledJob,
     Exit,
+    WitnessSilent,
     bundle_script,
     exit_of,
     has_begun,
     job_script,
     revoke,
+    vm_log,
 )
 from .slurm.states import JobPhase, advice_on, failure_of, sentence_of
 from .tariff import Tariff
@@ -122,7 +125,8 @@ class BrokerConfig:
     `describe_every`: seconds between two looks at EC2 while machines boot or end. `order`: that of the
     waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
-    job may run, for Slurm, before its script begins."""
+    job may run, for Slurm, before its script begins. `shares_files`: whether the VMs see `workdir`; if not,
+    exit-code files are only names, and Slurm's output stays on the VM."""
 
     run: str
     workdir: Path
@@ -142,6 +146,7 @@ class BrokerConfig:
     limits: Limits = field(default_factory=Limits)
     reclaims: int = RECLAIMS
     reserved: tuple[str, ...] = ()
+    shares_files: bool = True
 
     @property
     def job_name(self) -> str:
@@ -150,7 +155,7 @@ class BrokerConfig:
 
     @property
     def files(self) -> Path:
-        """Job logs and exit codes, on the workflow's file system, which the VMs share."""
+        """Job logs and exit codes, on the workflow's file system."""
         return job_files.folder(self.workdir) / self.run
 
     def log_file(self, task: Task) -> str:
@@ -200,7 +205,8 @@ class Broker:
         begun: Callable[[str], bool] = has_begun,
         script: Callable[[str, str, str], str] = job_script,
     ) -> None:
-        """`witness` reads how a job's script ended from the file it left, None if there is none; `revoke`
+        """`witness` reads how a job's script ended from the file it left, None if there is none, and raises
+        WitnessSilent where that cannot be told; `revoke`
         forbids the script with this exit-code file to begin, and says whether it has begun, as `begun`
         does; `script` writes one that runs a command and leaves its exit code in a file."""
         self._config = config
@@ -389,9 +395,10 @@ class Broker:
     @property
     def has_news(self) -> bool:
         """Whether one of a few submitted tasks has left its exit code. Among many, whose ends come often, it
-        is not looked for: they are seen soon enough."""
+        is not looked for: they are seen soon enough. Nor is it where Slurm tells of ends as soon."""
         submitted = list(self._submitted.values())
-        return len(submitted) <= _FEW and any(self._exit_of(task) is not None for task in submitted)
+        is_worth = self._config.asks_seldom and len(submitted) <= _FEW
+        return is_worth and any(self._exit_of(task) is not None for task in submitted)
 
     def vms(self) -> list[VM]:
         """Every VM there was, in the order of their request."""
@@ -417,6 +424,10 @@ class Broker:
         """Where the output of a task's last attempt is; where it made none, that of its bundle."""
         own, bundle = Path(self._config.log_file(task)), Path(self._config.bundle_log(task))
         return bundle if bundle.exists() and not own.exists() else own
+
+    def exit_file(self, task: Task) -> str:
+        """That of a task's last attempt."""
+        return self._config.exit_file(task)
 
     def hurry(self) -> None:
         """The user waits for the end: Slurm is waited for only shortly from now on, also by a round that
@@ -683,11 +694,19 @@ class Broker:
             task = self._submitted.get(key)
             if task is not None:
                 self._absent_jobs.pop(key, None)
-                self._update_task(task, status)
+                self._unless_silent(self._update_task, task, status)
         if view.is_complete:
             for key in [key for key in self._submitted if key not in view.jobs]:
-                self._missing(key, self._submitted[key])
+                self._unless_silent(self._missing, key, self._submitted[key])
         self._cancel_strays(view)
+
+    def _unless_silent(self, judge: Callable[..., None], *about: object) -> None:
+        """What Slurm says of a job is not acted on while the other witness cannot be asked: a later round
+        hears both."""
+        try:
+            judge(*about)
+        except WitnessSilent as error:
+            self._tell(f"Exit codes cannot be read, waiting for them: {error}", logging.WARNING)
 
     def _cancel_strays(self, view: ClusterView) -> None:
         """Submissions that were given up, because no reply came, and arrived all the same."""
@@ -1209,12 +1228,18 @@ class Broker:
             cpus=task.need.cpus,
             memory=task.need.memory,
             limit=sum(limits) + slack(len(tasks)) if len(limits) == len(tasks) else None,
-            workdir=self._config.workdir,
-            log=self._config.log_file(task) if len(tasks) == 1 else self._config.bundle_log(task),
+            workdir=self._config.workdir if self._config.shares_files else VM_DIRECTORY,
+            log=self._log_on_vm(tasks),
             partition=self._config.partition,
             options=task.options,
             companions=tuple(vm.name for vm in self._gangs.companions(vm)),
         )
+
+    def _log_on_vm(self, tasks: Sequence[Task]) -> str:
+        config, task = self._config, tasks[0]
+        if not config.shares_files:
+            return vm_log(config.exit_file(task))
+        return config.log_file(task) if len(tasks) == 1 else config.bundle_log(task)
 
     def _script_of(self, tasks: Sequence[Task]) -> str:
         config = self._config

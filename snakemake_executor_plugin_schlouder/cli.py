@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from snakemake_executor_plugin_schlouder.localcloud import Options
     from snakemake_executor_plugin_schlouder.pool import Goal
 
 
@@ -132,6 +133,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directories that the VMs share with this machine "
         "(default: the current directory and your home)",
+    )
+    parser.add_argument(
+        "--no-share",
+        dest="shared",
+        action="store_false",
+        help="the VMs share nothing, and do not see the current directory, your home and /tmp",
     )
 
 
@@ -259,11 +266,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _local_up(arguments: argparse.Namespace) -> int:
-    from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, LocalCloudError, Options
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, LocalCloudError
 
     try:
-        seconds = Options.parse_seconds(arguments.boot_seconds)
-        cloud = LocalCloud.up(Options(arguments.name or "default", seconds, arguments.share))
+        cloud = LocalCloud.up(_options(arguments, "default"))
     except LocalCloudError as error:
         return _fail(error)
     print(f"The cloud {cloud.name!r} is up; its logs are in {cloud.folder}.", file=sys.stderr)
@@ -271,16 +277,21 @@ def _local_up(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _options(arguments: argparse.Namespace, name: str) -> Options:
+    from snakemake_executor_plugin_schlouder.localcloud import Options
+
+    seconds = Options.parse_seconds(arguments.boot_seconds)
+    return Options(arguments.name or name, seconds, arguments.share, shared=arguments.shared)
+
+
 def _local_run(arguments: argparse.Namespace) -> int:
-    from snakemake_executor_plugin_schlouder.localcloud import LocalCloudError, Options
+    from snakemake_executor_plugin_schlouder.localcloud import LocalCloudError
     from snakemake_executor_plugin_schlouder.localcloud.run import run
 
     try:
         if not arguments.command:
             raise LocalCloudError("give the command to run after --")
-        seconds = Options.parse_seconds(arguments.boot_seconds)
-        name = arguments.name or f"run-{os.getpid()}"
-        return run(Options(name, seconds, arguments.share), arguments.command)
+        return run(_options(arguments, f"run-{os.getpid()}"), arguments.command)
     except LocalCloudError as error:
         return _fail(error)
 

@@ -54,6 +54,8 @@ from .model import (
     TaskState,
     VMState,
 )
+from .objects import Objects, Storage, has_credentials, shares_files
+from .objects import connect as connect_s3
 from .offers import Offers
 from .planning import too_big
 from .pool import Announcement
@@ -95,6 +97,7 @@ class Executor(RemoteExecutor):
         self._place = ""
         self._ended: dict[str, Task] = {}
         self._sweeper: Sweeper | None = None
+        self._objects: Objects | None = None
         self._to_sweep: list[Task] = []
         self._dropped = 0
         self._reported = False
@@ -114,6 +117,11 @@ class Executor(RemoteExecutor):
         be done, or only local rules, it does not even look at the cloud."""
         try:
             self._config = validated(self.executor_settings)
+            self._shares_files = shares_files(self.workflow.storage_settings.shared_fs_usage)
+            if self._config.bundle and not self._shares_files:
+                raise SchlouderError(
+                    "--schlouder-bundle: 'on' is not supported with --shared-fs-usage none; it must be off"
+                )
             self._places = Dag(self.dag, self._walltimes_ahead)
             jobs = self._jobs_ahead()
             if jobs:
@@ -249,6 +257,7 @@ class Executor(RemoteExecutor):
         """Checks rules, Slurm and EC2 in this order (the cheap checks first) and makes the broker."""
         config = self._config
         asked = self._handed_over(self._asked(jobs))
+        objects = None if self._shares_files else self._storage()
         commands = SlurmCommands(config.partition, self.envvars())
         info = commands.check()
         cluster = choose(config.slurm_api, commands, info, self.logger)
@@ -281,13 +290,16 @@ class Executor(RemoteExecutor):
             goal=config.goal,
             sharing=config.sharing,
             order=config.order,
-            asks_seldom=True,
+            asks_seldom=self._shares_files,
             launch_timeout=_LAUNCH_TIMEOUT,
             limits=Limits(config.max_booting, config.max_spend),
             reclaims=self._preemptible_retries(),
+            shares_files=self._shares_files,
         )
+        if objects is not None:
+            self._objects = objects.of_run(self._run)
         broker_config.files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._sweeper = Sweeper(self._workdir, self._run)
+        self._sweeper = Sweeper(self._workdir, self._run, self._objects)
         self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint
         self._place = cloud.region if aws else f"{cloud.region}, not AWS"
@@ -363,7 +375,37 @@ class Executor(RemoteExecutor):
             self.logger,
             boots=boots,
             walltimes=self._walltimes,
+            **self._witnesses(),
         )
+
+    def _witnesses(self) -> dict[str, Callable[..., Any]]:
+        """Where the exit codes of jobs are, if not in files."""
+        objects = self._objects
+        if objects is None:
+            return {}
+        return {
+            "witness": objects.exit_of,
+            "revoke": objects.revoke,
+            "begun": objects.has_begun,
+            "script": objects.script(self.get_python_executable(), self._config.keep_logs),
+        }
+
+    def _storage(self) -> Objects:
+        """In the default storage, where jobs tell how they ended; SchlouderError if that is not fit."""
+        given = self.workflow.storage_settings
+        settings = self.workflow.storage_registry.default_storage_provider.settings
+        provider, prefix = given.default_storage_provider, given.default_storage_prefix
+        storage = Storage.of(provider, prefix, settings)
+        objects = Objects(connect_s3(storage, settings), storage, self._run)
+        objects.check()
+        if not has_credentials(self.envvars()):
+            self.logger.warning(
+                "--shared-fs-usage none: jobs get no credentials for the storage, and the VMs' metadata "
+                "service is closed to them. Unless the machine image has some, set "
+                "SNAKEMAKE_STORAGE_S3_ACCESS_KEY and SNAKEMAKE_STORAGE_S3_SECRET_KEY, or give "
+                "--envvars AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY."
+            )
+        return objects
 
     def _recorded(self, asked: Mapping[Any, RuleSettings]) -> Callable[..., Broker]:
         """Makes brokers that write down what they see and decide."""
@@ -560,7 +602,10 @@ class Executor(RemoteExecutor):
         return found if found.planned is None else replace(found, planned=self._in_layers(job))
 
     def _rule_settings(self, job: Any, threads: int, resources: Mapping[str, Any]) -> RuleSettings:
-        return rule_settings(job.name, threads, resources, self._config, self._is_preemptible(job))
+        found = rule_settings(job.name, threads, resources, self._config, self._is_preemptible(job))
+        if not self._shares_files:
+            _check_alone(job.name, found)
+        return found
 
     def _is_preemptible(self, job: Any) -> bool:
         """Whether --preemptible-rules names its rule, or those of all its members; no part of the executor
@@ -658,6 +703,7 @@ class Executor(RemoteExecutor):
             ended = self._broker.tick()
             self._ended.update({task.key: task for task in ended})
             self._complete += [task for task in ended if task.state == TaskState.COMPLETE]
+            self._fetch_logs(self._broker, ended)
             self._sweep(self._broker, ended)
             self._failed_rounds = 0
         except Exception as error:
@@ -691,6 +737,20 @@ class Executor(RemoteExecutor):
         )
         if info.job.is_group():
             self.logger.error(f"Group job {task.name}{where}: {task.reason}.\n{shown}")
+
+    def _fetch_logs(self, broker: Broker, ended: Iterable[Task]) -> None:
+        """The logs of failed tasks, from the storage if they are there; before that is swept."""
+        if self._objects is None:
+            return
+        failed = [task for task in ended if task.state == TaskState.FAILED and task.slurm_id]
+        for task in failed:
+            try:
+                self._objects.fetch_log(broker.exit_file(task), broker.log_of(task))
+            except OSError as error:
+                self.logger.warning(
+                    f"No log of {task.name}: {error}. A job leaves one if its VM is not lost, and the VM's "
+                    f"{self.get_python_executable()!r} has boto3 and credentials for the storage."
+                )
 
     def _sweep(self, broker: Broker, ended: Iterable[Task]) -> None:
         """Removes the files that ended tasks leave, once the journal has their ends: until then a crash
@@ -766,6 +826,17 @@ def _ec2_settings(config: Config, markets: tuple[str, ...]) -> Ec2Settings:
         types=config.instance_types,
         markets=markets,
     )
+
+
+def _check_alone(rule: str, settings: RuleSettings) -> None:
+    """SchlouderError for what takes a file system that the VMs share."""
+    nodes = settings.need.nodes
+    if settings.bundle or nodes > 1:
+        what = "schlouder_bundle" if settings.bundle else f"nodes: {nodes}"
+        raise SchlouderError(
+            f"rule {rule}: {what} is not supported with --shared-fs-usage none; it takes a file system "
+            "that the VMs share"
+        )
 
 
 def _check_sizes(asked: Mapping[Any, RuleSettings], market: Market) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from .model import Task, TaskState
+from .objects import Objects
 from .slurm.script import markers
 
 _LONGEST = 80
@@ -83,20 +84,23 @@ def tail(log: Path) -> str:
 
 
 class Sweeper:
-    """Removes files in a thread of its own, so that a slow file system holds nobody up. Raises nothing:
-    what cannot be removed stays."""
+    """Removes files, and objects where jobs leave those instead, in a thread of its own, so that a slow file
+    system holds nobody up. Raises nothing: what cannot be removed stays."""
 
-    def __init__(self, workdir: Path, run: str) -> None:
+    def __init__(self, workdir: Path, run: str, objects: Objects | None = None) -> None:
         self._folder = folder(workdir)
         self._run = run
+        self._objects = objects
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="schlouder-sweeper", daemon=True)
         self._thread.start()
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes these files of the run."""
-        given = list(names)
+        given, objects = list(names), self._objects
         self._orders.put(lambda: self._remove(given))
+        if objects is not None:
+            self._orders.put(lambda: objects.remove(given))
 
     def remove_old(self, days: float, living: Collection[str]) -> None:
         """Removes the files of runs in which nothing was made or removed for so many days; not of the
@@ -105,7 +109,9 @@ class Sweeper:
 
     def close(self, everything: bool) -> None:
         """Ends the thread, within seconds. `everything`: nothing of the run can run or be run again, so
-        that all marks but those that revoke go, and the folder if it is empty then."""
+        that all objects go, and all marks but those that revoke, and the folder if it is empty then."""
+        if everything and self._objects is not None:
+            self._orders.put(self._objects.clear)
         if everything:
             self._orders.put(self._remove_marks)
         self._orders.put(None)

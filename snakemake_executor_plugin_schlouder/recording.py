@@ -47,7 +47,7 @@ from .slurm import (
     SubmissionRefused,
     SubmitOutcome,
 )
-from .slurm.script import Exit, exit_of, has_begun, revoke
+from .slurm.script import Exit, WitnessSilent, exit_of, has_begun, job_script, revoke
 from .slurm.states import JobPhase
 from .tariff import Tariff
 
@@ -108,7 +108,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
         *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
         *(CloudUnavailable, Throttled, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
         *(ClusterUnavailable, SubmissionRefused, JobPhase, TaskState, OSError),
-        *(Limits, Tariff, sqlite3.Error, Path),
+        *(WitnessSilent, Limits, Tariff, sqlite3.Error, Path),
     )
 }
 
@@ -390,6 +390,7 @@ class RecordedBroker(Broker):
         witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
         begun: Callable[[str], bool] = has_begun,
+        script: Callable[[str, str, str], str] = job_script,
         boots: LearnedBoots | None = None,
         walltimes: Walltimes | None = None,
     ) -> None:
@@ -410,6 +411,7 @@ class RecordedBroker(Broker):
             witness=senses.witness,
             revoke=senses.revoke,
             begun=senses.begun,
+            script=script,
             boots=boots,
             walltimes=walltimes,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fakes import FakeCloud, FakeSlurm, World
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
+from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of
 
 SMALL = InstanceType("m5.large", 2, 8192)
 BIG = InstanceType("m5.4xlarge", 16, 65536)
@@ -36,6 +38,7 @@ class Rig:
         self.config = replace(config, **changes)  # type: ignore[arg-type]
         self.config.files.mkdir(parents=True)
         self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
+        self.witness: Callable[[str], Exit | None] = exit_of
         self.broker = self.make_broker()
         self.ended: dict[str, Task] = {}
         self.most_alive = 0
@@ -50,6 +53,7 @@ class Rig:
             logging.getLogger("test"),
             clock=self.world.clock,
             sleep=self.world.sleep,
+            witness=lambda exit_file: self.witness(exit_file),
             revoke=self._revoke,
             begun=self._begun,
         )

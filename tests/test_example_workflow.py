@@ -213,9 +213,9 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
 
 def test_valid_configuration(own_data: dict[str, Any]) -> None:
-    found = checked_config.checked(own_data, RULES, Path("comet.params"))
+    found = checked_config.checked(own_data, RULES)
     assert (found.spectra, found.database, found.chunks, found.fdr) == ("a.mgf", "a.fasta", 4, 0.05)
-    assert (found.results, found.comet_params) == ("results", "comet.params")
+    assert (found.results, found.comet_params) == ("results", None)
     assert found.plan("search") == {
         "schlouder_strategy": "one-vm-per-job",
         "schlouder_walltime": 70,
@@ -225,7 +225,7 @@ def test_valid_configuration(own_data: dict[str, Any]) -> None:
 
 
 def test_without_data_the_workflow_makes_its_own(own_data: dict[str, Any]) -> None:
-    found = checked_config.checked(own_data | {"spectra": "", "database": None}, RULES, Path("p"))
+    found = checked_config.checked(own_data | {"spectra": "", "database": None}, RULES)
     assert found.spectra is None and found.database is None
 
 
@@ -254,7 +254,7 @@ def test_wrong_configuration_is_named(
     own_data: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        checked_config.checked(own_data | change, RULES, Path("comet.params"))
+        checked_config.checked(own_data | change, RULES)
     assert "\n" not in str(caught.value)
 
 

@@ -90,7 +90,8 @@ def calls_of_the_package() -> set[str]:
 
 
 def test_the_policy_allows_the_calls_that_the_package_makes_and_no_other() -> None:
-    calls = calls_of_the_package()
+    """The rights on the storage of a workflow are those of the workflow: see test_objects.py."""
+    calls = {call for call in calls_of_the_package() if not call.startswith("s3:")}
     assert "ec2:RunInstances" in calls
     assert actions(broker_policy(Site())) == calls | IMPLIED
 

@@ -517,6 +517,7 @@ class TestMessages:
             (["--boot-seconds", "8-3"], "8-3 is no range"),
             (["--share", "/does/not/exist"], "/does/not/exist is not a directory"),
             (["--share", "/"], "share a directory below it"),
+            (["--share", "/srv", "--no-share"], "--share and --no-share exclude each other"),
             (["--name", "Cloud 9"], "'Cloud 9' is not allowed"),
         ],
     )

@@ -327,9 +327,10 @@ def test_jobs_get_neither_options_in_disguise_nor_cloud_credentials(
     for name in (*withheld, "AWS_SESSION_TOKEN", "SLURM_CONF", "OTHER"):
         monkeypatch.setenv(name, "x")
     commands(path, sbatch=f"env >{path}/seen; echo '12;cluster'")
-    assert SlurmCommands("schlouder", ["AWS_SESSION_TOKEN"]).submit([REQUEST]) == ["12"]
+    passed = {"AWS_SESSION_TOKEN": "x", "SNAKEMAKE_STORAGE_S3_SECRET_KEY": "of a setting"}
+    assert SlurmCommands("schlouder", passed).submit([REQUEST]) == ["12"]
     seen = {line.partition("=")[0] for line in (path / "seen").read_text().splitlines()}
-    assert {"SLURM_CONF", "OTHER", "AWS_SESSION_TOKEN"} <= seen
+    assert {"SLURM_CONF", "OTHER", *passed} <= seen
     assert not seen.intersection(withheld)
 
 

@@ -12,14 +12,15 @@ SHORT_NAMES = {"spectra": "an .mgf file", "database": "a .fasta file"}
 
 @dataclass(frozen=True)
 class Config:
-    """Checked settings; `spectra` and `database` are None when the workflow makes its own."""
+    """Checked settings; `spectra` and `database` are None when the workflow makes its own, `comet_params`
+    when those beside the Snakefile are meant."""
 
     spectra: str | None
     database: str | None
     chunks: int
     fdr: float
     results: str
-    comet_params: str
+    comet_params: str | None
     synthetic_spectra: int
     strategies: Mapping[str, str]
     walltimes: Mapping[str, int]
@@ -34,7 +35,7 @@ class Config:
         return wanted
 
 
-def checked(config: Mapping[str, Any], rules: Sequence[str], default_params: Path) -> Config:
+def checked(config: Mapping[str, Any], rules: Sequence[str]) -> Config:
     """Return the settings, or raise a one-line ValueError that names the wrong key."""
     spectra = _data_file(config, "spectra", "BEGIN IONS", "spectrum")
     database = _data_file(config, "database", ">", "protein")
@@ -50,7 +51,7 @@ def checked(config: Mapping[str, Any], rules: Sequence[str], default_params: Pat
         chunks=_whole_number(config, "chunks", "parts to split the spectra into"),
         fdr=_share(config, "fdr"),
         results=str(config.get("results") or "results"),
-        comet_params=_existing(config, "comet_params") or str(default_params),
+        comet_params=_existing(config, "comet_params"),
         synthetic_spectra=_whole_number(config, "synthetic_spectra", "spectra to make"),
         strategies=_per_rule(config, "strategies", rules),
         walltimes=_seconds(config, "walltimes", rules),

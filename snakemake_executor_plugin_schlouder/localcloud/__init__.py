@@ -82,8 +82,10 @@ class Options:
     """`boot_seconds` is the range of the delay before a VM's init starts.
 
     `share` names directories that the VMs see at the same path as the host: without any, the current
-    directory and the user's home. Usage is billed in whole units of `billing_unit` seconds, and for
-    `minimum_charge` seconds at least. Every spot price changes once in `spot_price_seconds`.
+    directory and the user's home. With `shared` false there are none, and the VMs see neither of these two,
+    nor /tmp: of the host only what would be on a machine image, its software.
+    Usage is billed in whole units of `billing_unit` seconds, and for `minimum_charge` seconds at least. Every
+    spot price changes once in `spot_price_seconds`.
     """
 
     name: str = "default"
@@ -92,6 +94,7 @@ class Options:
     billing_unit: int = 1
     minimum_charge: int = 60
     spot_price_seconds: int = 3600
+    shared: bool = True
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]{1,20}", self.name):
@@ -109,6 +112,8 @@ class Options:
                 raise LocalCloudError(
                     f"{name} is {seconds}: give a whole number of seconds above 0"
                 )
+        if self.share and not self.shared:
+            raise LocalCloudError("--share and --no-share exclude each other")
         for directory in self.share:
             if not directory.is_dir():
                 raise LocalCloudError(f"--share {directory} is not a directory")
@@ -256,7 +261,8 @@ class LocalCloud:
             "state": str(self.folder),
             "host_pid": only_child(daemon.pid),
             "uid": invoking_user().pw_uid,
-            "shared": [str(path) for path in _shared(options.share)],
+            "hidden": [] if options.shared else [str(path) for path in _own()],
+            "shared": [str(path) for path in _shared(options)],
             "boot_seconds": list(options.boot_seconds),
             "billing_unit": options.billing_unit,
             "minimum_charge": options.minimum_charge,
@@ -355,20 +361,24 @@ def _stop(folder: Path) -> None:
         )
 
 
-def _shared(directories: Sequence[Path]) -> list[Path]:
+def _shared(options: Options) -> list[Path]:
     """Directories to bind into every VM, the outer ones first.
 
     They are resolved, because a symbolic link on the way would lead out of a VM's root while that is built.
     """
-    chosen = list(directories)
-    if not chosen:
-        chosen = [path for path in (Path.cwd(), Path(invoking_user().pw_dir)) if path.is_dir()]
-        chosen = [path for path in chosen if not _is_private(path.resolve())]
-    package = Path(__file__).resolve().parents[1]
-    chosen += [
-        path for path in (Path(sys.prefix), Path(sys.base_prefix), package) if _is_hidden(path)
-    ]
+    chosen = list(options.share)
+    if not chosen and options.shared:
+        chosen = _own()
+    hidden = [] if options.shared else _own()
+    software = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[1])
+    chosen += [path for path in software if _is_hidden(path, hidden)]
     return sorted({path.resolve() for path in chosen})
+
+
+def _own() -> list[Path]:
+    """The current directory and the user's home, the outer one first."""
+    own = {path.resolve() for path in (Path.cwd(), Path(invoking_user().pw_dir)) if path.is_dir()}
+    return sorted(path for path in own if not _is_private(path))
 
 
 def _is_private(directory: Path) -> bool:
@@ -378,9 +388,10 @@ def _is_private(directory: Path) -> bool:
     return any(path.is_relative_to(directory) for path in own)
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a VM would not see this path of the host: another file system, or below a private directory."""
-    own = [Path("/") / name for name in vm_init.PRIVATE]
+def _is_hidden(path: Path, hidden: Sequence[Path]) -> bool:
+    """Whether a VM would not see this path of the host: another file system, or below a private directory or
+    one of the `hidden`."""
+    own = [*(Path("/") / name for name in vm_init.PRIVATE), *hidden]
     above = [path, *path.parents][:-1]
     return any(os.path.ismount(parent) or parent in own for parent in above)
 

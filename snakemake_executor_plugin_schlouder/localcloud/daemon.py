@@ -23,7 +23,7 @@ from snakemake_executor_plugin_schlouder.localcloud import network
 from snakemake_executor_plugin_schlouder.localcloud.authorization import REGION
 from snakemake_executor_plugin_schlouder.localcloud.controller import PARTITION, Controller
 from snakemake_executor_plugin_schlouder.localcloud.endpoint import Endpoint
-from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Hypervisor
+from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Hypervisor, Shown
 from snakemake_executor_plugin_schlouder.localcloud.meter import Billing
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Start:
     state: str
     host_pid: int
     uid: int
+    hidden: list[str]
     shared: list[str]
     boot_seconds: list[float]
     billing_unit: int
@@ -70,8 +71,8 @@ class Cloud:
         endpoint = Endpoint(billing, self.start.spot_price_seconds)
         port = endpoint.serve(str(subnet.gateway))
         low, high = self.start.boot_seconds
-        shared = [Path(path) for path in self.start.shared]
-        self.hypervisor = Hypervisor(subnet, self.folder, shared, (low, high), endpoint.report)
+        shown = Shown(self.start.hidden, self.start.shared)
+        self.hypervisor = Hypervisor(subnet, self.folder, shown, (low, high), endpoint.report)
         endpoint.instances.hypervisor = self.hypervisor
         access = access_environment(f"http://{subnet.gateway}:{port}")
         os.environ.update(access)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -38,13 +38,22 @@ class Event(Enum):
 Report = Callable[[str, Event], None]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Directories of the host: those that VMs see empty, and those that they share with it, which may lie
+    in the former."""
+
+    hidden: Sequence[str]
+    shared: Sequence[str]
+
+
 @dataclass
 class Hypervisor:
     """Starts and ends VMs. `report` is called from other threads, once per event and instance."""
 
     subnet: network.Network
     state: Path
-    shared: Sequence[Path]
+    shown: Shown
     boot_seconds: tuple[float, float]
     report: Report
     _vms: dict[str, _VM] = field(default_factory=dict)
@@ -154,7 +163,7 @@ class _VM(threading.Thread):
             "scratch": str(self.hypervisor.state / "root"),
             "hostname": self.machine.hostname,
             "address": self.machine.address,
-            "shared": [str(path) for path in self.hypervisor.shared],
+            **asdict(self.hypervisor.shown),
             "hangs": self.machine.hangs,
         }
         init = [sys.executable, "-I", "-S", vm_init.__file__, json.dumps(config)]

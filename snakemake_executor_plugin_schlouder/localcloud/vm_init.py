@@ -3,8 +3,9 @@
 It builds the VM's root over the host's, enters it, runs the user data as cloud-init does at first boot, and
 then reaps orphans until SIGTERM powers the VM off. Standard library only: it runs with `python -I -S`.
 
-The one argument is JSON: `scratch` (an empty directory of the host), `hostname`, `address`, `shared`
-(directories that the VM sees as the host does), `hangs` (whether it never gets as far as its user data).
+The one argument is JSON: `scratch` (an empty directory of the host), `hostname`, `address`, `hidden`
+(directories of which it has its own, empty at first), `shared` (directories that it sees as the host does),
+`hangs` (whether it never gets as far as its user data).
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import http.client
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,8 @@ def main() -> NoReturn:
     os.umask(0o022)
     root = build_root(Path(config["scratch"]), Path("/"))
     make_machine_files(root, config["hostname"], config["address"])
+    for directory in config["hidden"]:
+        hide(root, directory)
     # After the last write to the root: a write below a shared directory would reach the host.
     for directory in config["shared"]:
         share(root, directory)
@@ -120,6 +124,13 @@ def replace(path: Path, text: str) -> None:
     """Writes a file that may be a symbolic link to something outside the root."""
     path.unlink(missing_ok=True)
     path.write_text(text)
+
+
+def hide(root: Path, directory: str) -> None:
+    status = Path(directory).stat()
+    target = root / directory.lstrip("/")
+    tmpfs(target, stat.S_IMODE(status.st_mode))
+    os.chown(target, status.st_uid, status.st_gid)
 
 
 def share(root: Path, directory: str) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from . import (
@@ -250,11 +250,11 @@ def submit_side_by_side(
 class SlurmCommands:
     """The adapter. `partition` is the one whose nodes are ours."""
 
-    def __init__(self, partition: str, passed: Collection[str] = ()) -> None:
-        """`passed` names the secrets of the environment that jobs may have."""
+    def __init__(self, partition: str, passed: Mapping[str, str] | None = None) -> None:
+        """`passed`: variables, secrets among them, that jobs get beside our environment."""
         self.partition = partition
         self.patience = Patience()
-        self._passed = frozenset(passed)
+        self._passed = passed or {}
 
     def check(self) -> ClusterInfo:
         missing = [command for command in COMMANDS if shutil.which(command) is None]
@@ -277,7 +277,7 @@ class SlurmCommands:
         return parse_config(self._read(["scontrol", "show", "config"]))
 
     def environment(self) -> dict[str, str]:
-        """What jobs get of this process's environment."""
+        """What jobs get."""
         return _environment(self._passed)
 
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
@@ -439,16 +439,17 @@ class SlurmCommands:
                 raise ClusterUnavailable(f"{name}: no answer in {time.monotonic() - begun:.0f} s")
 
 
-def _environment(passed: Collection[str]) -> dict[str, str]:
+def _environment(passed: Mapping[str, str]) -> dict[str, str]:
     """The caller's environment without what would change the meaning of our options (inside a Slurm job
     SLURM_* describes that job; SQUEUE_*, SBATCH_* and their like are options), without Snakemake's
-    profile, and without cloud credentials: sbatch hands its environment on to the job."""
+    profile, and without cloud credentials: sbatch hands its environment on to the job. What is `passed`
+    is there."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name == "SLURM_CONF" or name in passed or not name.startswith(_WITHHELD)
+        if name == "SLURM_CONF" or not name.startswith(_WITHHELD)
     }
-    return {**kept, "SLURM_TIME_FORMAT": "%s"}
+    return {**kept, **passed, "SLURM_TIME_FORMAT": "%s"}
 
 
 def last_line(text: str) -> str:

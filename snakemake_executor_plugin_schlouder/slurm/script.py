@@ -4,17 +4,17 @@ of a job's result."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-VOID = 75
-"""Exit code of a script that was revoked (EX_TEMPFAIL)."""
+from .vm_storage import VOID as VOID
 
 TIMED_OUT = 124
 """Exit code of a bundled job that ran longer than its `runtime`, as of timeout(1)."""
@@ -28,9 +28,16 @@ PART, BEGUN, REVOKED, DONE = ".part", ".begun", ".revoked", ".done"
 _LONGEST = 256
 """Bytes of an exit-code file."""
 
+VM_DIRECTORY = Path("/tmp")
+"""A directory that every VM has and everybody may write to."""
+
 _FIND_CONFIGURATION = '[ -e "${SLURM_CONF:-/}" ] || unset SLURM_CONF'
 """SLURM_CONF comes from the submitting machine; where no such file exists on the node, Slurm's commands
 must find the node's own configuration."""
+
+
+class WitnessSilent(OSError):
+    """What a script has left cannot be read just now. Says nothing about it; ask again later."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,61 @@ def job_script(name: str, command: str, exit_file: str) -> str:
             "",
         ]
     )
+
+
+def storage_job_script(
+    name: str, command: str, exit_file: str, python: str, where: Mapping[str, object]
+) -> str:
+    """The same on a VM that shares no file system: the script leaves its exit code and, after a failure, its
+    log in the bucket (`vm_storage.py`, with its argument `where`), and runs `command` in a directory of its
+    own. Nothing of the submitting machine's environment need exist on the VM."""
+    storage = shlex.quote(json.dumps(where))
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            f"# {' '.join(name.split())}",
+            f"log={shlex.quote(vm_log(exit_file))}",
+            _FIND_CONFIGURATION,
+            '[ -d "${TMPDIR:-/tmp}" ] || unset TMPDIR',
+            'work=$(mktemp -d "${TMPDIR:-/tmp}/schlouder-XXXXXXXX") || exit',
+            '[ -n "$HOME" ] && [ -w "$HOME" ] || { HOME=$work; export HOME; }',
+            '[ -w "${XDG_CACHE_HOME:-$HOME}" ] || unset XDG_CACHE_HOME',
+            # In another directory: Python would take modules of the workflow for its own.
+            "tell() (",
+            f'cd / && exec {shlex.quote(python)} - "$1" {storage} "$log" $code "$told" <<\'PYTHON\'',
+            _vm_storage().rstrip(),
+            "PYTHON",
+            ")",
+            "trap ended=yes TERM",
+            "tell begin",
+            "code=$?",
+            f'[ $code -ne {VOID} ] || {{ rm -rf "$work" "$log"; exit $code; }}',
+            "if [ $code -eq 0 ]; then",
+            "(",
+            'cd "$work" || exit',
+            command,
+            ")",
+            "code=$?",
+            "fi",
+            "trap '' TERM",
+            'told=$code; [ $code -eq 0 ] || [ -z "$ended" ] || told=',
+            "tell end",
+            'rm -rf "$work" "$log"',
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def vm_log(exit_file: str) -> str:
+    """Where on a VM that shares no file system the log of the job with this exit-code file is."""
+    path = Path(exit_file)
+    return f"{VM_DIRECTORY}/schlouder-{path.parent.name}-{path.stem}.log"
+
+
+@functools.cache
+def _vm_storage() -> str:
+    return Path(__file__).with_name("vm_storage.py").read_text()
 
 
 def bundle_script(jobs: Sequence[BundledJob]) -> str:
