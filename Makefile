@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PEER := build/slurm-plugin
 
-.PHONY: demo test lint types bench acceptance clean
+.PHONY: demo test lint types bench acceptance faults clean
 
 demo: $(READY)
 	@tools/demo "$(SPECTRA)" "$(DATABASE)" "$(CHUNKS)"
@@ -30,6 +30,9 @@ $(READY): pyproject.toml tools/setup
 
 acceptance: $(READY)
 	@tools/as-root --if-possible env TRACES="$(TRACES)" $(PYTHON) -m bench.acceptance
+
+faults: $(READY)
+	@tools/as-root $(PYTHON) -m bench.faults $(FAULT)
 
 clean:
 	rm -rf $(VENV) build dist

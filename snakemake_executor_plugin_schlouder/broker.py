@@ -550,18 +550,18 @@ class Broker:
             if vm.state in (VMState.PLANNED, VMState.REQUESTED):
                 self._take_outcome(vm, instance)
             elif vm.instance_id is not None or vm.state == VMState.GONE:
-                self._book_orphan(vm, instance)
+                if vm.instance_id is None:
+                    self._book_orphan(vm, instance)
                 orphans.append(instance.id)
         if orphans:
             self._try_cloud(lambda: self._cloud.terminate(orphans))
 
     def _book_orphan(self, vm: VM, instance: Instance) -> None:
         """A machine that came for a VM that had been given up costs what that VM would have."""
-        if vm.instance_id is None:
-            vm.instance_id, vm.meter = instance.id, instance.launched
-            vm.ended = None
-            self._move(vm, VMState.TERMINATING)
-            self._note(vm, f"came too late as {instance.id}")
+        vm.instance_id, vm.meter = instance.id, instance.launched
+        vm.ended, vm.ending = None, False
+        self._move(vm, VMState.TERMINATING)
+        self._note(vm, f"came too late as {instance.id}")
 
     def _update_from_cloud(self, vm: VM, instance: Instance | None) -> None:
         if instance is None:
@@ -572,6 +572,7 @@ class Broker:
             vm.meter = instance.launched
         if instance.is_alive:
             return
+        self._dirty_vms[vm.name] = vm
         vm.meter_end = vm.meter_end or instance.ended
         if vm.is_booting and is_reclaim_of(instance.reason):
             self._lost(vm, instance.reason)
@@ -1327,9 +1328,9 @@ class Broker:
             alive = [i for i in self._cloud.instances(self._config.run) if i.is_alive]
             ids |= {instance.id for instance in alive} - kept
             for instance in alive:
-                unanswered = self._machines.get(instance.node)
-                if unanswered is not None and unanswered.instance_id is None:
-                    unanswered.instance_id = instance.id
+                vm = self._machines.get(instance.node)
+                if vm is not None and vm.instance_id is None:
+                    self._book_orphan(vm, instance)
             if ids:
                 self._cloud.terminate(sorted(ids))
         except CloudUnavailable as error:

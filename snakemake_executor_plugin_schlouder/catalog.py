@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .answers import DAY, KEPT, Answers
 from .asking import Failed, answered, batches, filters, is_aws
-from .ec2_account import aws_client, aws_session
+from .ec2_account import aws_session, patient_client
 from .listing import Listed, filter_values, is_pattern, is_wanted, size, suits
 from .model import InstanceType, SchlouderError, is_named
 from .store import cache_directory
@@ -50,11 +50,9 @@ _LISTED = 5
 
 def connect(ec2: EC2Client, type_table: str, warn: Callable[[str], None]) -> Catalog:
     """The catalog of the cloud that this client speaks to; SchlouderError if the type table is wrong."""
-    from botocore.config import Config
 
     def pricing(region: str) -> Any:
-        config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
-        return aws_client(aws_session(region), "pricing", config)
+        return patient_client(aws_session(region), "pricing")
 
     return Catalog(ec2, pricing, cache_directory(), time.time, warn, type_table)
 

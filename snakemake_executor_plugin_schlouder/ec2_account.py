@@ -3,11 +3,12 @@ error or a missing right costs no VM."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .ec2_errors import HOW_TO_GET_RIGHTS, Ec2Error, Meaning, rights_text
+from .ec2_errors import CODES, HOW_TO_GET_RIGHTS, Ec2Error, Meaning, rights_text
 from .model import ON_DEMAND, SchlouderError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 PROBE_INSTANCE = "i-00000000000000000"
 """An id no instance has: a policy that allows TerminateInstances by tag must allow it on this one too, or
 the check of rights takes it for one that does not allow it at all."""
+
+_PATIENT_ATTEMPTS = 10
+_LONGEST_PAUSE = 10.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,28 @@ def aws_client(session: boto3.Session, service: str, config: Config) -> Any:
         ) from error
     except (BotoCoreError, ValueError) as error:
         raise SchlouderError(f"AWS: {error}; check AWS_ENDPOINT_URL and ~/.aws/config") from error
+
+
+def patient_client(session: boto3.Session, service: str) -> Any:
+    """One for questions that are asked but once: what is throttled is repeated for a minute. The buckets of
+    an account are shared by all who use it, and fill up again within seconds."""
+    from botocore.config import Config
+
+    config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
+    client = aws_client(session, service, config)
+    client.meta.events.register(f"needs-retry.{service}", throttle_pause)
+    return client
+
+
+def throttle_pause(
+    response: tuple[object, Mapping[str, Any]] | None, attempts: int, **_event: object
+) -> float | None:
+    """botocore's question, after its own repetitions, how many seconds to wait before the next try; None:
+    there is none. `response`: the HTTP one, and what it says."""
+    told = {} if response is None else response[1].get("Error", {})
+    if attempts >= _PATIENT_ATTEMPTS or told.get("Code") not in CODES[Meaning.THROTTLED]:
+        return None
+    return min(_LONGEST_PAUSE, 2.0 ** (attempts - 1)) * random.uniform(0.5, 1.0)
 
 
 def asked(setting: str, value: str, question: Callable[[], Iterable[Any]]) -> list[Any]:

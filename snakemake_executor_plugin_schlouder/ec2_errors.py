@@ -35,7 +35,7 @@ class Meaning(Enum):
     """The call names something that does not exist or is not allowed."""
 
 
-_CODES: Mapping[Meaning, frozenset[str]] = {
+CODES: Mapping[Meaning, frozenset[str]] = {
     Meaning.ALLOWED: frozenset({"DryRunOperation"}),
     Meaning.CAPACITY: frozenset(
         {
@@ -124,7 +124,7 @@ _CODES: Mapping[Meaning, frozenset[str]] = {
         }
     ),
 }
-_MEANINGS = {code: meaning for meaning, codes in _CODES.items() for code in codes}
+_MEANINGS = {code: meaning for meaning, codes in CODES.items() for code in codes}
 
 _ACCESS = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"})
 """The codes that a policy is the cure of."""

@@ -25,6 +25,7 @@ from .ec2_account import (
     aws_client,
     aws_session,
     dry_run,
+    patient_client,
     survey,
 )
 from .ec2_errors import Ec2Error, Meaning, quota_text, rights_text
@@ -202,10 +203,13 @@ class Ec2Cloud:
         user_data: UserData,
         place: Place | None = None,
         warn: Callable[[str], None] = _log.warning,
+        asker: EC2Client | None = None,
     ) -> None:
         """`launcher` must not retry by itself: capacity errors come as HTTP 500, which the SDK would
-        repeat until it is throttled. `warn` tells the user what this cloud lacks."""
+        repeat until it is throttled. `warn` tells the user what this cloud lacks. `asker` (default: `ec2`)
+        is for questions before and after the run, which may take their time."""
         self._ec2 = ec2
+        self._asker = asker or ec2
         self._launcher = launcher
         self._settings = settings
         self._owner = owner
@@ -236,7 +240,8 @@ class Ec2Cloud:
 
     @property
     def client(self) -> EC2Client:
-        return self._ec2
+        """For questions before and after the run."""
+        return self._asker
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         launches = [self._launch_of(request) for request in requests]
@@ -277,7 +282,7 @@ class Ec2Cloud:
     def rehearse(self, findings: Findings) -> None:
         """Asks, with calls that are not to be carried out, for the rights of a run, and learns what the cloud
         does not know of EC2."""
-        first = dry_run(self._ec2.describe_instances)
+        first = dry_run(self._asker.describe_instances)
         if first is None or first.meaning not in (Meaning.ALLOWED, Meaning.RIGHTS):
             self._do_without(
                 "dry runs: rights are not checked beforehand",
@@ -285,7 +290,7 @@ class Ec2Cloud:
             )
             return
         self._note(first, findings)
-        self._note(dry_run(self._ec2.terminate_instances, InstanceIds=[PROBE_INSTANCE]), findings)
+        self._note(dry_run(self._asker.terminate_instances, InstanceIds=[PROBE_INSTANCE]), findings)
         type_name = self._some_type(findings)
         for market in self._settings.markets:
             self._rehearse_launch(type_name, market, findings)
@@ -300,7 +305,7 @@ class Ec2Cloud:
         if not words:
             return ""
         for name in (word for word in words if "." in word and not re.search(r"[*?]", word)):
-            self._note(dry_run(self._ec2.describe_instance_types, InstanceTypes=[name]), findings)
+            self._note(dry_run(self._asker.describe_instance_types, InstanceTypes=[name]), findings)
             return name
         patterns = [word if "." in word else f"{word}.*" for word in words]
         filters: Any = [{"Name": "instance-type", "Values": patterns}]
@@ -311,7 +316,7 @@ class Ec2Cloud:
             found = asked(
                 "--schlouder-instance-types",
                 ", ".join(words),
-                lambda: self._ec2.describe_instance_types(Filters=filters)["InstanceTypes"],
+                lambda: self._asker.describe_instance_types(Filters=filters)["InstanceTypes"],
             )
         except RightMissing as error:
             findings.lacks(error)
@@ -328,7 +333,7 @@ class Ec2Cloud:
         while True:
             parameters = self._parameters(launch, next(iter(self._subnets(launch)), ""))
             trial = {name: value for name, value in parameters.items() if name not in left_out}
-            refusal = dry_run(self._ec2.run_instances, **trial)
+            refusal = dry_run(self._asker.run_instances, **trial)
             if refusal is None:
                 raise SchlouderError(
                     f"AWS: the cloud at {self.endpoint} has started a machine in a call that was marked as a "
@@ -537,18 +542,19 @@ def connect(
     from botocore.config import Config
 
     session = aws_session(settings.region)
-    patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
+    brief = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
     single = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 1})
-    ec2, launcher = aws_client(session, "ec2", patient), aws_client(session, "ec2", single)
+    ec2, launcher = aws_client(session, "ec2", brief), aws_client(session, "ec2", single)
+    asker = patient_client(session, "ec2")
     service = ClusterKey.parse(join.key).service
-    endpoint = aws_client(session, service, patient).meta.endpoint_url
+    endpoint = aws_client(session, service, brief).meta.endpoint_url
 
     def script(nodes: Sequence[str], instance_type: InstanceType, market: str) -> str:
         return user_data(join, session.region_name, endpoint, nodes, instance_type, market)
 
     findings = Findings()
-    place = survey(ec2, settings, findings, warn)
-    cloud = Ec2Cloud(ec2, launcher, settings, owner, script, place, warn)
+    place = survey(asker, settings, findings, warn)
+    cloud = Ec2Cloud(ec2, launcher, settings, owner, script, place, warn, asker)
     cloud.rehearse(findings)
     findings.check()
     return cloud

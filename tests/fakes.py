@@ -237,7 +237,9 @@ class FakeCloud:
             machine = self.world.machines[instance_id]
             assert not self.world.running_on(machine.instance.node) or self.allow_kill
             if machine.instance.is_alive:
-                machine.instance = replace(machine.instance, state="shutting-down")
+                machine.instance = replace(
+                    machine.instance, state="shutting-down", ended=self.world.now
+                )
                 machine.ends = self.world.now + self.world.end_time
             self.world.pass_time(0)
             self.terminated.append(instance_id)

@@ -394,6 +394,23 @@ def test_release_finds_a_machine_whose_launch_was_never_answered(rig: Rig) -> No
     assert rig.world.alive() == []
 
 
+def test_the_books_know_a_machine_that_nobody_heard_of_before_the_release(rig: Rig) -> None:
+    """Its launch was not answered, and its VM had been given up since."""
+    lose_launch_replies(rig)
+    rig.give(1)
+    rig.tick()
+    rig.cloud.away = True
+    rig.broker.stop()
+    rig.run(10)
+    assert [vm.state.value for vm in rig.broker.vms()] == ["gone"]
+    rig.cloud.away = False
+    rig.world.end_time = 1000.0
+    rig.broker.release()
+    (vm,) = rig.journal.vms("r1")
+    machine = rig.world.machine_of(vm.name)
+    assert (vm.instance_id, vm.meter_end) == (machine.instance.id, machine.instance.ended)
+
+
 def test_release_ends_machines_though_slurm_is_away(rig: Rig) -> None:
     rig.cloud.allow_kill = True
     rig.give(2, seconds=500)

@@ -11,7 +11,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
+from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings, throttle_pause
 from snakemake_executor_plugin_schlouder.joining import Join
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
@@ -213,3 +213,16 @@ def test_launch_templates_that_cannot_be_used_are_refused(account: Account) -> N
     told = account.problem(launch_template=template, subnets=tuple(account.subnets))
     assert f"'{template}' has network interfaces" in told
     assert account.cloud(launch_template=template).zones == ()
+
+
+def test_a_question_that_is_throttled_is_repeated_for_half_a_minute_at_least() -> None:
+    answer = (object(), {"Error": {"Code": "RequestLimitExceeded"}})
+    pauses = [throttle_pause(answer, attempts) for attempts in range(3, 12)]
+    tried = [pause for pause in pauses if pause is not None]
+    assert pauses[len(tried) :] == [None] * (len(pauses) - len(tried)) != []
+    assert 30 <= sum(tried) <= 90
+
+
+@pytest.mark.parametrize("answer", [None, (object(), {}), (object(), {"Error": {"Code": "Other"}})])
+def test_what_else_goes_wrong_is_left_to_botocore(answer: Any) -> None:
+    assert throttle_pause(answer, 3) is None

@@ -90,9 +90,11 @@ def told_end(instance: Any) -> int:
 class TestCapacity:
     def test_starts_what_it_can_and_its_token_stands_for_those(self, vms: Vms) -> None:
         vms.cloud.inject(Faults(capacity={"m5.large/us-east-1a/*": 2}))
+        assert not +vms.cloud.struck()
         batch: dict[str, Any] = {"MinCount": 1, "MaxCount": 5, "ClientToken": "batch"}
         ids = [instance["InstanceId"] for instance in vms.launch(**batch)]
         assert len(ids) == 2
+        assert vms.cloud.struck()["capacity"] == 1
         assert [instance["InstanceId"] for instance in vms.launch(**batch)] == ids
         by_token: Any = [{"Name": "client-token", "Values": ["batch"]}]
         (reservation,) = vms.ec2.describe_instances(Filters=by_token)["Reservations"]
@@ -217,12 +219,15 @@ class TestSpot:
         assert told_end(ended) - announced in (0, 1)
         entry = meter_of(vms, instance_id)
         assert (entry.ended, entry.interrupted, entry.usd) == (told_end(ended), True, 0.0)
+        vms.ec2.terminate_instances(InstanceIds=[instance_id])
+        assert vms.describe(instance_id) == ended
 
     def test_a_share_of_them_is_reclaimed_by_itself(self, vms: Vms) -> None:
         vms.cloud.inject(Faults(reclaim=Reclaims(share=1.0, after=(0.1, 0.3), notice=0.1)))
         spot, other = vms.run(**SPOT), vms.run()
         vms.wait_for_state(spot, "terminated")
         assert meter_of(vms, spot).interrupted
+        assert vms.cloud.struck()["reclaim"] == 1
         assert vms.state(other) == "running"
 
     def test_a_bid_below_the_price_is_refused(self, vms: Vms) -> None:

@@ -106,6 +106,20 @@ class TestFate:
         assert [injector(**faults).fate(SPOT).joins for _ in range(50)] != expected
 
 
+class TestStruck:
+    def test_what_has_happened_is_counted_by_its_kind(self) -> None:
+        cloud = injector(throttle=Throttle(share=1.0, period=10, seconds=3), never_join=1.0)
+        for second in range(10):
+            cloud.throttles("DescribeInstances", 1000.0 + second)
+        cloud.fate(SPOT)
+        assert +cloud.struck == {"throttle": 3, "never_join": 1}
+
+    def test_a_reclaim_is_not_counted_before_the_vm_is_taken(self) -> None:
+        cloud = injector(reclaim=Reclaims(share=1.0))
+        assert cloud.fate(SPOT).reclaimed_after is not None
+        assert not +cloud.struck
+
+
 class TestDocument:
     def test_survives_the_way_to_the_cloud(self) -> None:
         faults = Faults(

@@ -267,3 +267,16 @@ def test_an_unreachable_endpoint_is_no_empty_answer(
     assert isinstance(cut.launch([LaunchRequest("r", "n", "t", KIND)])[0], CloudUnavailable)
     with pytest.raises(SchlouderError, match="EC2 cannot be reached"):
         connect(settings, JOIN, "o")
+
+
+@pytest.mark.integration
+def test_a_burst_of_throttling_does_not_end_a_run_before_it_begins(
+    cloud: LocalCloud, settings: Ec2Settings
+) -> None:
+    """botocore alone gives up after three seconds."""
+    cloud.inject(Faults(throttle=Throttle(share=1.0, period=1000.0, seconds=4.0)))
+    try:
+        connect(settings, JOIN, "me@here")
+        assert cloud.struck()["throttle"] > 3
+    finally:
+        cloud.inject(Faults())

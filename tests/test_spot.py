@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from rig import SMALL, Rig
 
+from snakemake_executor_plugin_schlouder.costs import account
 from snakemake_executor_plugin_schlouder.model import (
     NEVER,
     ON_DEMAND,
@@ -195,3 +198,33 @@ def test_the_configured_number_of_reclaims_counts(tmp_path: Path) -> None:
     take(rig, running(rig))
     rig.run(200)
     assert markets(rig) == [SPOT, ON_DEMAND]
+
+
+def test_the_books_know_of_an_end_that_is_not_over_when_the_run_is(rig: Rig) -> None:
+    """A machine takes longer to be terminated than the run waits for; its meter has stopped before."""
+    rig.world.end_time = 1000.0
+    rig.give(1, seconds=500, spot=ONLY)
+    rig.run(20)
+    rig.broker.release()
+    (vm,) = rig.journal.vms("r1")
+    assert rig.world.machine_of(vm.name).instance.state == "shutting-down"
+    assert vm.meter_end == rig.world.machine_of(vm.name).instance.ended is not None
+
+
+def test_the_books_know_of_a_reclaim_that_came_while_the_run_ended(rig: Rig) -> None:
+    """It costs nothing, although the run has asked for its end, too."""
+    rig.world.end_time = 1000.0
+    rig.give(1, seconds=500, planned=500.0, spot=ONLY)
+    rig.run(20)
+    machine = rig.world.machine_of(running(rig))
+    machine.ends = math.inf
+    machine.instance = replace(
+        machine.instance,
+        state="shutting-down",
+        reason="Server.SpotInstanceTermination",
+        ended=rig.world.now,
+    )
+    rig.broker.release()
+    (vm,) = rig.journal.vms("r1")
+    (bill,) = account([vm], [], Billing(), rig.world.now).bills
+    assert (bill.units, bill.billed) == (0, 0)

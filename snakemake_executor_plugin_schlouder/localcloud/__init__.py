@@ -218,6 +218,13 @@ class LocalCloud:
         """From now on these faults happen, and no others; `Faults()` ends them all."""
         control.ask(self.endpoint, "PUT", "faults", faults.to_json())
 
+    def struck(self) -> Counter[str]:
+        """How often each kind of fault has happened since they were injected, by its field of Faults.
+
+        A launch of which only a part could start counts for capacity, a drawn reclaim when the VM is taken.
+        """
+        return Counter(control.ask(self.endpoint, "GET", "struck"))
+
     def meter(self) -> list[MeterEntry]:
         """What the provider bills, up to now, for every instance that ever was."""
         entries = control.ask(self.endpoint, "GET", "meter")

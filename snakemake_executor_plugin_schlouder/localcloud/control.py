@@ -1,7 +1,8 @@
 """How tests reach into a running cloud: JSON over HTTP, below `/_schlouder/` of its endpoint.
 
-`faults`: GET them, PUT others in their place. `meter`: GET. `reclaim`: PUT {"instance_id": ..., "notice":
-...}. `calls`: GET the number of calls per action by ordinary callers; PUT anything to begin at 0 again.
+`faults`: GET them, PUT others in their place. `struck`: GET how often each kind has happened since.
+`meter`: GET. `reclaim`: PUT {"instance_id": ..., "notice": ...}. `calls`: GET the number of calls per
+action by ordinary callers; PUT anything to begin at 0 again.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Control:
             return json.loads(self.instances.injector.faults.to_json())
         if (method, name) == ("PUT", "faults"):
             return self.instances.inject(Faults.from_json(body))
+        if (method, name) == ("GET", "struck"):
+            return dict(self.instances.injector.struck)
         if (method, name) == ("GET", "meter"):
             return [dataclasses.asdict(entry) for entry in self.instances.meter()]
         if (method, name) == ("GET", "calls"):

@@ -204,6 +204,7 @@ class Ec2:
         self._check_quota(kind, market, most)
         self._check_bid(wanted, kind, zones[0], market)
         zone, count = best_zone(zones, lambda zone: injector.left(kind, zone, market), least, most)
+        injector.struck["capacity"] += count < most
         if count == 0:
             raise self._no_capacity(wanted, kind, zones, market, least)
         if not any(key.endswith("SubnetId") for key in wanted):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -151,10 +152,15 @@ class Fate:
 
 
 class Injector:
-    """The state of the faults: what is left of each pool, and one die per kind of fault."""
+    """The state of the faults: what is left of each pool, and one die per kind of fault.
+
+    `struck`: how often each kind has happened, by its field of Faults; a lack of capacity and reclaims are
+    counted by those who see them.
+    """
 
     def __init__(self, faults: Faults, now: float) -> None:
         self.faults = faults
+        self.struck: Counter[str] = Counter()
         self.policy = None if faults.policy is None else Policy.parse(faults.policy)
         self.vm_policy = None if faults.vm_policy is None else Policy.parse(faults.vm_policy)
         self._start = now
@@ -179,7 +185,7 @@ class Injector:
     def fate(self, market: str) -> Fate:
         joins = not self._happens("never_join", self.faults.never_join)
         reclaim = self.faults.reclaim
-        if market != SPOT or not self._happens("reclaim", reclaim.share):
+        if market != SPOT or not self._is_drawn("reclaim", reclaim.share):
             return Fate(joins)
         return Fate(joins, self._die("reclaim after").uniform(*reclaim.after))
 
@@ -197,6 +203,11 @@ class Injector:
         return [pool for pool in self._left if fnmatchcase(wanted, pool)]
 
     def _happens(self, kind: str, share: float) -> bool:
+        happens = self._is_drawn(kind, share)
+        self.struck[kind] += happens
+        return happens
+
+    def _is_drawn(self, kind: str, share: float) -> bool:
         return share > 0 and self._die(kind).random() < share
 
     def _die(self, kind: str) -> random.Random:

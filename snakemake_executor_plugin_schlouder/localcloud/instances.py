@@ -37,7 +37,8 @@ from snakemake_executor_plugin_schlouder.localcloud.meter import (
 )
 from snakemake_executor_plugin_schlouder.localcloud.prices import SpotMarket
 
-PENDING, RUNNING, SHUTTING_DOWN = ("pending", 0), ("running", 16), ("shutting-down", 32)
+PENDING, RUNNING = ("pending", 0), ("running", 16)
+SHUTTING_DOWN, TERMINATED = ("shutting-down", 32), ("terminated", 48)
 ENDED = ("shutting-down", "terminated")
 BILLED = ("pending", "running")
 
@@ -93,6 +94,8 @@ class Life:
     ended: int | None = None
     cause: Cause | None = None
     noticed: bool = False
+    gone: bool = False
+    stopped: bool = False
 
     @property
     def is_billed(self) -> bool:
@@ -162,10 +165,17 @@ class Instances:
             self._launch(life)
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
-        """For ids that moto has terminated just now."""
+        """For ids that moto has terminated just now. What has ended before keeps its state and its first
+        cause, which moto has overwritten."""
         for instance_id in instance_ids:
-            if (life := self._lives.get(instance_id)) and life.is_billed:
+            life = self._lives.get(instance_id)
+            if life is None:
+                continue
+            if life.is_billed:
                 self._end(life, Cause.USER)
+            elif not life.stopped:
+                _set_state(life.instance, TERMINATED if life.gone else SHUTTING_DOWN)
+                life.explain()
 
     def reclaim(self, instance_id: str, notice: float) -> bool:
         """Announces that EC2 takes a spot VM back, `notice` seconds before it does; False for another
@@ -275,6 +285,7 @@ class Instances:
 
     def _take_back(self, life: Life) -> None:
         if life.is_billed:
+            life.injector.struck["reclaim"] += 1
             self._end(life, Cause.RECLAIM)
 
     def _end(self, life: Life, cause: Cause) -> None:
@@ -287,8 +298,10 @@ class Instances:
         """Brings an instance whose VM is gone to its final state, and frees its address."""
         instance = life.instance
         life.end(_CAUSES[event])
+        life.gone = True
         stops = instance.instance_initiated_shutdown_behavior == "stop"
         if life.cause is Cause.ITSELF and stops:
+            life.stopped = True
             instance.stop()
         else:
             instance.terminate()

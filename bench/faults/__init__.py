@@ -1,0 +1,1 @@
+"""What goes wrong on purpose, and what must hold all the same. `make faults`."""

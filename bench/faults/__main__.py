@@ -1,0 +1,34 @@
+"""`make faults`: every fault of the table, one row a promise, also in build/faults.json.
+
+`FAULT="cloud ..." make faults` shows only these. A command that is interrupted goes on where it was, as long
+as the code is the same.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bench.faults import everyday
+from bench.rows import Row, finish
+
+FAULTS: Mapping[str, Callable[[], list[Row]]] = {
+    "cloud": everyday.rows,
+}
+"""What can be shown alone, by its name. Each returns its rows, with `ok` None where something is missing."""
+
+
+def main(names: list[str]) -> int:
+    wrong = [name for name in names if name not in FAULTS]
+    if wrong:
+        print(f"faults: no such fault: {', '.join(wrong)}; there are {', '.join(FAULTS)}")
+        return 2
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    rows = [row for name in names or FAULTS for row in FAULTS[name]()]
+    return finish(rows, Path("build/faults.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
