@@ -1328,9 +1328,9 @@ class Broker:
             alive = [i for i in self._cloud.instances(self._config.run) if i.is_alive]
             ids |= {instance.id for instance in alive} - kept
             for instance in alive:
-                vm = self._machines.get(instance.node)
-                if vm is not None and vm.instance_id is None:
-                    self._book_orphan(vm, instance)
+                unanswered = self._machines.get(instance.node)
+                if unanswered is not None and unanswered.instance_id is None:
+                    self._book_orphan(unanswered, instance)
             if ids:
                 self._cloud.terminate(sorted(ids))
         except CloudUnavailable as error:
