@@ -167,7 +167,9 @@ def test_where_one_zone_has_no_capacity_the_next_is_used(site: Site) -> None:
 def test_a_limit_below_the_first_machine_is_told_before_it_starts(site: Site) -> None:
     site.write(LONG)
     before = len(site.instances())
-    done = site.run("--schlouder-max-spend", "0.0001")
+    one_vm = ("--schlouder-strategy", "one-vm-for-all", "--schlouder-spot", "prefer")
+    done = site.run("--schlouder-max-spend", "0.0001", *one_vm)
     assert done.returncode != 0
+    assert "one-vm-for-all with --schlouder-spot" in done.stdout
     assert "no VM can be started: --schlouder-max-spend of 0.0001 USD" in done.stdout
     assert len(site.instances()) == before
