@@ -273,10 +273,10 @@ def test_an_unreachable_endpoint_is_no_empty_answer(
 def test_a_burst_of_throttling_does_not_end_a_run_before_it_begins(
     cloud: LocalCloud, settings: Ec2Settings
 ) -> None:
-    """botocore alone gives up after three seconds."""
+    """botocore alone gives up when it was refused three times."""
     cloud.inject(Faults(throttle=Throttle(share=1.0, period=1000.0, seconds=4.0)))
     try:
         connect(settings, JOIN, "me@here")
-        assert cloud.struck()["throttle"] > 3
+        assert cloud.struck()["throttle"] >= 3
     finally:
         cloud.inject(Faults())
