@@ -147,7 +147,7 @@ def _struck(outcomes: Sequence[Outcome]) -> tuple[str, bool]:
     vms, spot = (sum(o.vms for o in outcomes), sum(o.spot_vms for o in outcomes))
     value = (
         f"no capacity {total('capacity')} and replies lost {total('lost_replies')} of {launches} "
-        f"launches, throttled {total('throttle')} of {calls} calls, never joined {total('never_join')} "
+        f"RunInstances, throttled {total('throttle')} of {calls} calls, never joined {total('never_join')} "
         f"of {vms} VMs, taken back {total('reclaim')} of {spot} spot VMs"
     )
     return value, all(total(kind) >= LEAST_STRUCK for kind in STRUCK)
@@ -196,8 +196,8 @@ def _missing() -> str:
 
 
 def _outcomes(kept: Kept) -> list[Outcome]:
-    """Of all days; runs that an interrupted command has left are not repeated. The directories of runs that
-    are not as they should be are kept."""
+    """Of all days; runs that an interrupted command has left are not repeated. The directories of
+    the runs, with their logs, stay."""
     found = []
     expected = None
     for day in DAYS:
@@ -242,4 +242,4 @@ def _show(outcomes: Sequence[Outcome]) -> None:
         table.add_column(heading, overflow="fold")
     for outcome in outcomes:
         table.add_row(*_cells(outcome))
-    Console(width=130).print(table)
+    Console(width=150).print(table)

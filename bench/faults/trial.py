@@ -51,10 +51,10 @@ class Trial:
 @dataclass(frozen=True)
 class Outcome:
     """What is to be known of a run. `wrong`: in one line, why it is not complete; empty: it is. `struck`: how
-    often each kind of fault happened; `launches`: calls of RunInstances that were to be carried out. Lists
-    name instances (`leaked`, `unknown` to the journal), VMs that more than one instance was started for
-    (`twice`), and `nodes` that Slurm still has. `seconds`: of the whole command. `billed`: seconds on the
-    bill."""
+    often each kind of fault happened; `launches`: calls of RunInstances, with refused ones and dry runs.
+    Lists name instances (`leaked`, `unknown` to the journal), VMs that more than one instance was started
+    for (`twice`), and `nodes` that Slurm still has. `seconds`: of the whole command. `billed`: seconds on
+    the bill; `worst`: of the instance that is off most."""
 
     name: str
     wrong: str
