@@ -17,11 +17,11 @@ from pathlib import Path
 import pulp  # type: ignore[import-untyped]
 
 from bench.rows import Row
+from snakemake_executor_plugin_schlouder.market.tables import Table, prices_of, types_of
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need
 from snakemake_executor_plugin_schlouder.prediction import LinearBoots
 from snakemake_executor_plugin_schlouder.simulate import Outcome, Scenario, Simulation
-from snakemake_executor_plugin_schlouder.tables import Table, prices_of, types_of
-from snakemake_executor_plugin_schlouder.tariff import Tariff
 from snakemake_executor_plugin_schlouder.tasklist import RecordedTask, TaskList
 
 PRICES = Path(os.environ.get("PRICES") or "../shared/prices/us-east-1.csv")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.processes import Processes, Usage
-from snakemake_executor_plugin_schlouder import catalog
-from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
-from snakemake_executor_plugin_schlouder.joining import Join
+from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
+from snakemake_executor_plugin_schlouder.ec2.joining import Join
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud, Options
+from snakemake_executor_plugin_schlouder.market import catalog
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND
 from snakemake_executor_plugin_schlouder.provision import (
     Instance,

@@ -25,6 +25,8 @@ from .gangs import Gangs
 from .journal import Remains
 from .launcher import Launcher, Limits
 from .machines import Machines
+from .market.offers import Offer, Offers
+from .market.tariff import Tariff
 from .model import (
     BOOTING,
     NEVER,
@@ -38,7 +40,6 @@ from .model import (
     TaskState,
     VMState,
 )
-from .offers import Offer, Offers
 from .planning import Planner
 from .pool import Announcement, Goal
 from .prediction import BootPredictor, LearnedBoots, Walltimes
@@ -75,7 +76,6 @@ from .slurm.script import (
     vm_log,
 )
 from .slurm.states import JobPhase, advice_on, failure_of, sentence_of
-from .tariff import Tariff
 
 MAX_LOSSES = 3
 """Machines a task may lose before it counts as failed."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .journal import TaskRecord, VMRecord
+from .market.tariff import SpotHistory
 from .model import SPOT, Billing
-from .tariff import SpotHistory
 
 _FREE_WHEN_TAKEN = 3600.0
 """Seconds within which EC2 charges nothing for a spot machine that it takes back itself (EC2 user guide,

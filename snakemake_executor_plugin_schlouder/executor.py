@@ -31,17 +31,19 @@ from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 from snakemake_interface_executor_plugins.utils import encode_target_jobs_cli_args
 from snakemake_interface_executor_plugins.workflow import WorkflowExecutorInterface
 
-from . import catalog
 from .broker import RECLAIMS, Broker, BrokerConfig
-from .catalog import Catalog, Market
 from .costs import spot_bills
 from .dag import Dag, dependencies, members_of
-from .ec2_account import Ec2Settings
+from .ec2.account import Ec2Settings
+from .ec2.joining import Join
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
-from .joining import Join
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
 from .launcher import Limits
+from .market import catalog
+from .market.catalog import Catalog, Market
+from .market.offers import Offers
+from .market.tariff import Tariff
 from .model import (
     NEVER,
     ON_DEMAND,
@@ -56,7 +58,6 @@ from .model import (
 )
 from .objects import Objects, Storage, has_credentials, shares_files
 from .objects import connect as connect_s3
-from .offers import Offers
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
@@ -68,7 +69,6 @@ from .settings import Config, RuleSettings, rule_settings, validated
 from .slurm import Cluster
 from .slurm.cli import SlurmCommands
 from .slurm.rpc import choose
-from .tariff import Tariff
 
 if TYPE_CHECKING:
     from .recording import PlannedJob

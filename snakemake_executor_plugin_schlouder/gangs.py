@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from .market.offers import Offer
 from .model import VM, VMState
-from .offers import Offer
 
 
 class Gangs:

@@ -13,8 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .ec2_account import PROBE_INSTANCE
-from .joining import ClusterKey, Join, oldest_slurmd, parse_mounts, release_name, user_data
+from .ec2.account import PROBE_INSTANCE
+from .ec2.joining import ClusterKey, Join, oldest_slurmd, parse_mounts, release_name, user_data
 from .model import InstanceType, SchlouderError
 from .provision import TAG_OWNER, TAG_RUN
 from .slurm.cli import AUTHS, DEFAULT_MUNGE_SOCKET, OLDEST

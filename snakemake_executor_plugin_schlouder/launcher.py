@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .market.offers import Offers
 from .model import ON_DEMAND, VM, Billing, VMState
-from .offers import Offers
 from .provision import (
     CloudUnavailable,
     Instance,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from . import order, strategies
 from .fleet import Fleet
+from .market.offers import Demand, Offer, Offers
 from .model import (
     NEVER,
     ON_DEMAND,
@@ -25,7 +26,6 @@ from .model import (
     TaskState,
     VMState,
 )
-from .offers import Demand, Offer, Offers
 from .pool import Announcement, Backlog, Future, Goal, Pool
 from .pooled_strategies import Pooled
 from .prediction import BootPredictor, Walltimes

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from .bundles import LENGTH, WORTH, fair_share, may_bundle
 from .fleet import Fleet
+from .market.offers import has_room, misfit, packed, slots_of
 from .model import NEVER, ON_DEMAND, VM, InstanceType, Need, Task, VMState, estimate_of
-from .offers import has_room, misfit, packed, slots_of
 from .prediction import PRIOR_SPREAD, Line, Walltimes
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .ec2_account import (
+from .ec2.account import (
     PROBE_INSTANCE,
     Abilities,
     Ec2Settings,
@@ -28,8 +28,8 @@ from .ec2_account import (
     patient_client,
     survey,
 )
-from .ec2_errors import Ec2Error, Meaning, quota_text, rights_text
-from .joining import ClusterKey, Join, user_data
+from .ec2.errors import Ec2Error, Meaning, quota_text, rights_text
+from .ec2.joining import ClusterKey, Join, user_data
 from .model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
 from .launcher import Limits
+from .market.tariff import Tariff
 from .model import VM, Billing, InstanceType, Need, SchlouderError, SlurmOptions, Task, TaskState
 from .pool import Announcement, Goal
 from .prediction import LearnedBoots, Walltimes
@@ -49,7 +50,6 @@ from .slurm import (
 )
 from .slurm.script import Exit, WitnessSilent, exit_of, has_begun, job_script, revoke
 from .slurm.states import JobPhase
-from .tariff import Tariff
 
 VERSION = 2
 

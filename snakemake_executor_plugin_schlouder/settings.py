@@ -16,7 +16,7 @@ from typing import Any, Optional, TypeVar
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
-from .joining import ClusterKey, Mount, parse_mounts
+from .ec2.joining import ClusterKey, Mount, parse_mounts
 from .model import NEVER, ONLY, PREFER, Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known

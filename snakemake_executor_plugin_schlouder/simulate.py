@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .broker import Broker, BrokerConfig
+from .market.tariff import Tariff
 from .model import Billing, InstanceType, SchlouderError, Task, TaskState
 from .order import SUBMISSION, checked
 from .pool import Announcement, Goal
@@ -25,7 +26,6 @@ from .prediction import BootPredictor, Walltimes
 from .provision import Instance, LaunchOutcome, LaunchRequest
 from .slurm import ClusterInfo, ClusterView, JobRequest, JobStatus, NodeStatus, SubmitOutcome
 from .slurm.states import JobPhase
-from .tariff import Tariff
 from .tasklist import RecordedBoot, TaskList
 
 ONE_CORE = InstanceType("one-core", 1, 4096)

@@ -20,10 +20,10 @@ from botocore.compat import HTTPHeaders
 from botocore.config import Config
 from moto import mock_aws
 
-from snakemake_executor_plugin_schlouder.answers import DAY, KEPT
-from snakemake_executor_plugin_schlouder.catalog import Catalog
+from snakemake_executor_plugin_schlouder.market.answers import DAY, KEPT
+from snakemake_executor_plugin_schlouder.market.catalog import Catalog
+from snakemake_executor_plugin_schlouder.market.tariff import ON_DEMAND, SPOT, Tariff
 from snakemake_executor_plugin_schlouder.model import InstanceType, SchlouderError
-from snakemake_executor_plugin_schlouder.tariff import ON_DEMAND, SPOT, Tariff
 
 REGION = "us-east-1"
 NOW = 1_795_392_000.0

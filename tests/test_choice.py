@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.choice import JOBS, STRATEGIES, optimum, simulated
+from snakemake_executor_plugin_schlouder.market.offers import packed
 from snakemake_executor_plugin_schlouder.model import InstanceType
-from snakemake_executor_plugin_schlouder.offers import packed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 

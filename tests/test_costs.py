@@ -15,8 +15,8 @@ from snakemake_executor_plugin_schlouder.costs import (
     spot_bills,
 )
 from snakemake_executor_plugin_schlouder.journal import TaskRecord, VMRecord
+from snakemake_executor_plugin_schlouder.market.tariff import SpotHistory
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, Billing
-from snakemake_executor_plugin_schlouder.tariff import SpotHistory
 
 SECONDS = Billing(1, 60)
 HOURS = Billing(3600, 0)

@@ -11,8 +11,8 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings, throttle_pause
-from snakemake_executor_plugin_schlouder.joining import Join
+from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings, throttle_pause
+from snakemake_executor_plugin_schlouder.ec2.joining import Join
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
     Ec2Cloud,

@@ -11,13 +11,13 @@ import pytest
 from botocore.config import Config
 from botocore.stub import ANY, Stubber
 
-from snakemake_executor_plugin_schlouder.ec2_account import (
+from snakemake_executor_plugin_schlouder.ec2.account import (
     PROBE_INSTANCE,
     Ec2Settings,
     Findings,
     Place,
 )
-from snakemake_executor_plugin_schlouder.ec2_errors import Ec2Error, quota_name
+from snakemake_executor_plugin_schlouder.ec2.errors import Ec2Error, quota_name
 from snakemake_executor_plugin_schlouder.model import (
     ON_DEMAND,
     SPOT,

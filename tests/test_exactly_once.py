@@ -17,8 +17,8 @@ import pytest
 from workflows import Site, slurmctld, stopped, wait_for
 
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
-from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
-from snakemake_executor_plugin_schlouder.joining import Join
+from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
+from snakemake_executor_plugin_schlouder.ec2.joining import Join
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
 from snakemake_executor_plugin_schlouder.provision import TAG_NODE, connect

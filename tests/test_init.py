@@ -25,7 +25,7 @@ from workflows import wait_for
 
 import snakemake_executor_plugin_schlouder
 from snakemake_executor_plugin_schlouder import cli
-from snakemake_executor_plugin_schlouder.ec2_account import PROBE_INSTANCE
+from snakemake_executor_plugin_schlouder.ec2.account import PROBE_INSTANCE
 from snakemake_executor_plugin_schlouder.init import (
     Site,
     broker_policy,

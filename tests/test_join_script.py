@@ -18,7 +18,7 @@ import pytest
 from test_localcloud import Vms, wait
 
 import snakemake_executor_plugin_schlouder
-from snakemake_executor_plugin_schlouder.joining import EFS_OPTIONS, Mount, parse_mounts
+from snakemake_executor_plugin_schlouder.ec2.joining import EFS_OPTIONS, Mount, parse_mounts
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 
 SCRIPT = Path(snakemake_executor_plugin_schlouder.__file__).parent / "templates" / "join.sh"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import snakemake_executor_plugin_schlouder
-from snakemake_executor_plugin_schlouder.joining import (
+from snakemake_executor_plugin_schlouder.ec2.joining import (
     EFS_OPTIONS,
     LIMIT,
     ClusterKey,

@@ -9,6 +9,7 @@ import pytest
 from rig import BIG, SMALL, Rig
 
 from snakemake_executor_plugin_schlouder.launcher import BATCH, Limits
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, Need, TaskState
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
@@ -16,7 +17,6 @@ from snakemake_executor_plugin_schlouder.provision import (
     LaunchRequest,
     QuotaReached,
 )
-from snakemake_executor_plugin_schlouder.tariff import Tariff
 
 TARIFF = Tariff({SMALL.name: 0.10, BIG.name: 0.80}, {}, "a table")
 ZONES = {SMALL.name: ("a", "b"), BIG.name: ("a",)}

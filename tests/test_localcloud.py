@@ -25,7 +25,7 @@ from workflows import as_nobody
 import snakemake_executor_plugin_schlouder
 import snakemake_executor_plugin_schlouder.localcloud.run
 from snakemake_executor_plugin_schlouder import cli
-from snakemake_executor_plugin_schlouder.joining import Join, node_configuration, user_data
+from snakemake_executor_plugin_schlouder.ec2.joining import Join, node_configuration, user_data
 from snakemake_executor_plugin_schlouder.localcloud import (
     STATE_ROOT,
     LocalCloud,

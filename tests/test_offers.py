@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as values
 
+from snakemake_executor_plugin_schlouder.market.offers import Demand, Offers, slots_of
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import (
     NEVER,
     ON_DEMAND,
@@ -15,8 +17,6 @@ from snakemake_executor_plugin_schlouder.model import (
     InstanceType,
     Need,
 )
-from snakemake_executor_plugin_schlouder.offers import Demand, Offers, slots_of
-from snakemake_executor_plugin_schlouder.tariff import Tariff
 
 SMALL = InstanceType("c.large", 2, 4096)
 LARGE = InstanceType("c.4xlarge", 16, 32768)

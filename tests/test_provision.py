@@ -10,11 +10,13 @@ import boto3
 import pytest
 from workflows import wait_for
 
-from snakemake_executor_plugin_schlouder import catalog, provision
-from snakemake_executor_plugin_schlouder.ec2_account import Ec2Settings
-from snakemake_executor_plugin_schlouder.joining import Join
+from snakemake_executor_plugin_schlouder import provision
+from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
+from snakemake_executor_plugin_schlouder.ec2.joining import Join
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.localcloud.faults import Faults, Throttle
+from snakemake_executor_plugin_schlouder.market import catalog
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
@@ -28,7 +30,6 @@ from snakemake_executor_plugin_schlouder.provision import (
     client_token,
     connect,
 )
-from snakemake_executor_plugin_schlouder.tariff import Tariff
 
 JOIN = Join("head:6817", "/run/munge/munge.socket.2", "/schlouder/munge-key")
 KIND = InstanceType("m5.large", 2, 8192)

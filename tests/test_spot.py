@@ -11,6 +11,7 @@ import pytest
 from rig import SMALL, Rig
 
 from snakemake_executor_plugin_schlouder.costs import account
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import (
     NEVER,
     ON_DEMAND,
@@ -20,7 +21,6 @@ from snakemake_executor_plugin_schlouder.model import (
     Billing,
     TaskState,
 )
-from snakemake_executor_plugin_schlouder.tariff import Tariff
 
 ZONES = {SMALL.name: ("a", "b")}
 TARIFF = Tariff({SMALL.name: 0.1}, {(SMALL.name, "a"): 0.04, (SMALL.name, "b"): 0.03}, "a table")

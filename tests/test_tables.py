@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from snakemake_executor_plugin_schlouder.market.tables import Prices, Table, prices_of, types_of
 from snakemake_executor_plugin_schlouder.model import InstanceType, SchlouderError
-from snakemake_executor_plugin_schlouder.tables import Prices, Table, prices_of, types_of
 
 REGION = "us-east-1"
 BOTH = """instance_type,vcpus,memory_mib,arch,gpus,usd_per_hour

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snakemake_executor_plugin_schlouder.tariff import (
+from snakemake_executor_plugin_schlouder.market.tariff import (
     ON_DEMAND,
     SPOT,
     SpotHistory,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .ec2_errors import CODES, HOW_TO_GET_RIGHTS, Ec2Error, Meaning, rights_text
-from .model import ON_DEMAND, SchlouderError
+from ..model import ON_DEMAND, SchlouderError
+from .errors import CODES, HOW_TO_GET_RIGHTS, Ec2Error, Meaning, rights_text
 
 if TYPE_CHECKING:
     import boto3

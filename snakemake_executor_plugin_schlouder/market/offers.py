@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .model import NEVER, ON_DEMAND, ONLY, PREFER, SPOT, InstanceType, Need
+from ..model import NEVER, ON_DEMAND, ONLY, PREFER, SPOT, InstanceType, Need
 from .tariff import Tariff
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 180.0, 1800.0

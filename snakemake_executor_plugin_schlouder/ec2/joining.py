@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from .model import ON_DEMAND, InstanceType, SchlouderError
-from .slurm.cli import OLDEST
+from ..model import ON_DEMAND, InstanceType, SchlouderError
+from ..slurm.cli import OLDEST
 
 LIMIT = 16384
 """Bytes that EC2 allows for user data, counted before they are encoded."""
@@ -159,7 +159,7 @@ def user_data(
         "MOUNTS": "\n".join(f"{m.source} {m.point} {m.options}" for m in join.mounts),
     }
     lines = [f"SCHLOUDER_{name}={shlex.quote(value)}" for name, value in assignments.items()]
-    body = resources.files(__package__).joinpath("templates/join.sh").read_text()
+    body = resources.files(__package__.rpartition(".")[0]).joinpath("templates/join.sh").read_text()
     text = "\n".join(["#!/bin/sh", *lines, body])
     if len(text.encode()) > LIMIT:
         raise ValueError(f"user data for {len(nodes)} nodes is longer than EC2's {LIMIT} bytes")

@@ -9,8 +9,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .model import ON_DEMAND as ON_DEMAND
-from .model import SPOT as SPOT
+from ..model import ON_DEMAND as ON_DEMAND
+from ..model import SPOT as SPOT
 
 _HOUR = 3600.0
 

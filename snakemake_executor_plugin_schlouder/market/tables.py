@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .model import ON_DEMAND, SPOT, InstanceType, SchlouderError
+from ..model import ON_DEMAND, SPOT, InstanceType, SchlouderError
 
 _T = TypeVar("_T")
 _Cells = dict[str, str]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from .model import SPOT
+from ..model import SPOT
 
 
 class Meaning(Enum):

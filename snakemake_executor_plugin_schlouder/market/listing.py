@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .model import InstanceType
+from ..model import InstanceType
 from .tables import gpu_model
 
 

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..ec2.account import aws_session, patient_client
+from ..model import InstanceType, SchlouderError, is_named
+from ..store import cache_directory
 from .answers import DAY, KEPT, Answers
 from .asking import Failed, answered, batches, filters, is_aws
-from .ec2_account import aws_session, patient_client
 from .listing import Listed, filter_values, is_pattern, is_wanted, size, suits
-from .model import InstanceType, SchlouderError, is_named
-from .store import cache_directory
 from .tables import PRICE_COLUMNS, TYPE_COLUMNS, Prices, Table, prices_of, types_of
 from .tariff import ON_DEMAND, SPOT, SpotHistory, Tariff, listed_price
 

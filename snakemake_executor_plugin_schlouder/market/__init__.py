@@ -1,0 +1,1 @@
+"""What can be rented: instance types, where, at what price; and which of it is chosen."""
