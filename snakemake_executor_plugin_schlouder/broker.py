@@ -28,6 +28,7 @@ from .machines import Machines
 from .model import (
     BOOTING,
     NEVER,
+    ONLY,
     PREFER,
     SPOT,
     TASK_ENDED,
@@ -664,10 +665,8 @@ class Broker:
             f"{self._name(vm)}: {vm.reason} at {time.strftime('%X', time.localtime(end))}."
         )
         self._take_out(vm, vm.reason)
-        late = [t for t in vm.active.values() if t.started and t.started + t.walltime > end]
-        for task in late:
-            self._count_reclaim(task)
-        self._recall(late)
+        running = self._gangs.leader(vm).active.values()
+        self._recall([t for t in running if t.started and t.started + t.walltime > end])
 
     def _count_reclaim(self, task: Task) -> None:
         """One that has lost too many spot machines gets one on demand, if it may."""
@@ -679,9 +678,10 @@ class Broker:
             )
 
     def _keep_gangs_together(self) -> None:
-        """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there."""
+        """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there, as
+        when EC2 is about to take it back."""
         for vm, other in self._gangs.torn():
-            if other.reason:
+            if other.reason and other.state != VMState.DRAINING:
                 self._lost(vm, f"its gang lost {other.name}: {other.reason}")
             elif vm.is_booting:
                 self._requeue_planned(vm)
@@ -784,12 +784,12 @@ class Broker:
     def _once_more(self, vm: VM, task: Task, why: str) -> None:
         """Runs `task` again, which was lost without its doing, unless that has happened too often. Spot
         machines taken back are no such loss, as long as the task can do without."""
-        is_reclaim = vm.market == SPOT and is_reclaim_of(vm.reason)
+        is_reclaim = self._is_taken_back(vm)
         if is_reclaim:
             self._count_reclaim(task)
-        too_often = (
-            task.reclaims > self._config.reclaims if is_reclaim else task.losses + 1 >= MAX_LOSSES
-        )
+            too_often = task.spot == ONLY and task.reclaims > self._config.reclaims
+        else:
+            too_often = task.losses + 1 >= MAX_LOSSES
         if too_often or self._stopping:
             self._finish(task, TaskState.FAILED, why)
         else:
@@ -807,9 +807,24 @@ class Broker:
         elif task.recalled and left is not None and left.code == 0:
             self._judge(task, left)
         elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
-            self._again(vm, task)
+            self._after_recall(vm, task)
         else:
             self._lost(vm, sentence_of(status.state))
+
+    def _after_recall(self, vm: VM, task: Task) -> None:
+        """Only what had begun has lost something to a machine that EC2 takes back."""
+        if task.state == TaskState.RUNNING and self._is_taken_back(vm):
+            losses = task.losses + task.reclaims + 1
+            self._once_more(vm, task, f"its spot machine was taken back, {_times(losses)}")
+        else:
+            self._again(vm, task)
+
+    def _is_taken_back(self, vm: VM) -> bool:
+        """Whether EC2 takes one of the machines on which its tasks run, or has done so."""
+        return any(
+            member.market == SPOT and is_reclaim_of(member.reason)
+            for member in self._gangs.members(vm)
+        )
 
     def _recall(self, tasks: Sequence[Task]) -> None:
         """Takes submissions back, so that none of them can start elsewhere or later; and with them what
