@@ -162,10 +162,13 @@ class Instances:
             self._launch(life)
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
-        """For ids that moto has terminated just now."""
+        """For ids that moto has terminated just now, some of them perhaps once more: an end stays as it was."""
         for instance_id in instance_ids:
-            if (life := self._lives.get(instance_id)) and life.is_billed:
+            life = self._lives.get(instance_id)
+            if life is not None and life.is_billed:
                 self._end(life, Cause.USER)
+            elif life is not None:
+                life.explain()
 
     def reclaim(self, instance_id: str, notice: float) -> bool:
         """Announces that EC2 takes a spot VM back, `notice` seconds before it does; False for another
