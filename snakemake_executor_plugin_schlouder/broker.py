@@ -48,7 +48,6 @@ from .provision import (
     CloudUnavailable,
     Instance,
     LaunchOutcome,
-    LaunchRefused,
     NoCapacity,
     QuotaReached,
 )
@@ -1002,7 +1001,7 @@ class Broker:
         vm.ended = vm.ended or self._now
         vm.ending = True
         if vm.instance_id:
-            self._offers.machine_ended(vm.market)
+            self._launcher.machine_ended(vm.market)
         never_asked_for = vm.state == VMState.PLANNED and not vm.retry_at
         vm.node_deleted |= vm.instance_id is None and never_asked_for
         self._move(vm, VMState.GONE)
@@ -1130,14 +1129,19 @@ class Broker:
         if due:
             self._launch(due)
         if self._launcher.refusal:
+            self._tell(f"No further VM is started: {self._launcher.refusal}", logging.WARNING)
             for vm in self._machines.having(VMState.PLANNED):
                 self._not_started(vm)
 
     def _launch(self, due: Sequence[VM]) -> None:
         ready, nowhere = self._launcher.address(due, self._now)
         for vm in nowhere:
+            wait = self._offers.next_opening(self._now) - self._now
             self._tell(
-                f"No machine is to be had of {_offer_name(vm)}; others are tried.", logging.WARNING
+                f"No machine is to be had of {_offer_name(vm)}: others are tried, if any are allowed, and "
+                f"this one again in {wait:.0f} s.",
+                logging.WARNING,
+                about=f"capacity of {_offer_name(vm)}",
             )
             self._not_started(vm)
         for vm in ready:
@@ -1152,17 +1156,17 @@ class Broker:
         self._flush()
 
     def _take_outcome(self, vm: VM, outcome: LaunchOutcome) -> None:
-        self._launcher.take(vm, outcome, self._now)
+        may_ask_again = self._launcher.take(vm, outcome, self._now)
         if isinstance(outcome, Instance):
             vm.instance_id, vm.meter = outcome.id, outcome.launched
             self._move(vm, VMState.BOOTING)
             self._note(vm, f"is instance {outcome.id}")
-        elif isinstance(outcome, LaunchRefused | QuotaReached):
+        elif not may_ask_again:
             self._tell(f"EC2 refuses to start {_offer_name(vm)}: {outcome}", logging.ERROR)
             self._not_started(vm)
         else:
             self._move(vm, VMState.PLANNED)
-            if not isinstance(outcome, NoCapacity):
+            if not isinstance(outcome, NoCapacity | QuotaReached):
                 self._tell(
                     f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING
                 )

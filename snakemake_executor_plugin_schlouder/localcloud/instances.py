@@ -162,7 +162,7 @@ class Instances:
             self._launch(life)
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
-        """For ids that moto has terminated just now, some of them perhaps once more: an end stays as it was."""
+        """For ids that moto has terminated just now, or once more: an end stays as it was."""
         for instance_id in instance_ids:
             life = self._lives.get(instance_id)
             if life is not None and life.is_billed:
