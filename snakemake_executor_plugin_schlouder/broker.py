@@ -30,6 +30,7 @@ from .market.tariff import Tariff
 from .model import (
     BOOTING,
     NEVER,
+    ONLY,
     PREFER,
     SPOT,
     TASK_ENDED,
@@ -48,7 +49,6 @@ from .provision import (
     CloudUnavailable,
     Instance,
     LaunchOutcome,
-    LaunchRefused,
     NoCapacity,
     QuotaReached,
 )
@@ -665,10 +665,8 @@ class Broker:
             f"{self._name(vm)}: {vm.reason} at {time.strftime('%X', time.localtime(end))}."
         )
         self._take_out(vm, vm.reason)
-        late = [t for t in vm.active.values() if t.started and t.started + t.walltime > end]
-        for task in late:
-            self._count_reclaim(task)
-        self._recall(late)
+        running = self._gangs.leader(vm).active.values()
+        self._recall([t for t in running if t.started and t.started + t.walltime > end])
 
     def _count_reclaim(self, task: Task) -> None:
         """One that has lost too many spot machines gets one on demand, if it may."""
@@ -680,9 +678,10 @@ class Broker:
             )
 
     def _keep_gangs_together(self) -> None:
-        """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there."""
+        """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there, as
+        when EC2 is about to take it back."""
         for vm, other in self._gangs.torn():
-            if other.reason:
+            if other.reason and other.state != VMState.DRAINING:
                 self._lost(vm, f"its gang lost {other.name}: {other.reason}")
             elif vm.is_booting:
                 self._requeue_planned(vm)
@@ -785,12 +784,12 @@ class Broker:
     def _once_more(self, vm: VM, task: Task, why: str) -> None:
         """Runs `task` again, which was lost without its doing, unless that has happened too often. Spot
         machines taken back are no such loss, as long as the task can do without."""
-        is_reclaim = vm.market == SPOT and is_reclaim_of(vm.reason)
+        is_reclaim = self._is_taken_back(vm)
         if is_reclaim:
             self._count_reclaim(task)
-        too_often = (
-            task.reclaims > self._config.reclaims if is_reclaim else task.losses + 1 >= MAX_LOSSES
-        )
+            too_often = task.spot == ONLY and task.reclaims > self._config.reclaims
+        else:
+            too_often = task.losses + 1 >= MAX_LOSSES
         if too_often or self._stopping:
             self._finish(task, TaskState.FAILED, why)
         else:
@@ -808,9 +807,24 @@ class Broker:
         elif task.recalled and left is not None and left.code == 0:
             self._judge(task, left)
         elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
-            self._again(vm, task)
+            self._after_recall(vm, task)
         else:
             self._lost(vm, sentence_of(status.state))
+
+    def _after_recall(self, vm: VM, task: Task) -> None:
+        """Only what had begun has lost something to a machine that EC2 takes back."""
+        if task.state == TaskState.RUNNING and self._is_taken_back(vm):
+            losses = task.losses + task.reclaims + 1
+            self._once_more(vm, task, f"its spot machine was taken back, {_times(losses)}")
+        else:
+            self._again(vm, task)
+
+    def _is_taken_back(self, vm: VM) -> bool:
+        """Whether EC2 takes one of the machines on which its tasks run, or has done so."""
+        return any(
+            member.market == SPOT and is_reclaim_of(member.reason)
+            for member in self._gangs.members(vm)
+        )
 
     def _recall(self, tasks: Sequence[Task]) -> None:
         """Takes submissions back, so that none of them can start elsewhere or later; and with them what
@@ -988,7 +1002,7 @@ class Broker:
         vm.ended = vm.ended or self._now
         vm.ending = True
         if vm.instance_id:
-            self._offers.machine_ended(vm.market)
+            self._launcher.machine_ended(vm.market)
         never_asked_for = vm.state == VMState.PLANNED and not vm.retry_at
         vm.node_deleted |= vm.instance_id is None and never_asked_for
         self._move(vm, VMState.GONE)
@@ -1116,14 +1130,19 @@ class Broker:
         if due:
             self._launch(due)
         if self._launcher.refusal:
+            self._tell(f"No further VM is started: {self._launcher.refusal}", logging.WARNING)
             for vm in self._machines.having(VMState.PLANNED):
                 self._not_started(vm)
 
     def _launch(self, due: Sequence[VM]) -> None:
         ready, nowhere = self._launcher.address(due, self._now)
         for vm in nowhere:
+            wait = self._offers.next_opening(self._now) - self._now
             self._tell(
-                f"No machine is to be had of {_offer_name(vm)}; others are tried.", logging.WARNING
+                f"No machine is to be had of {_offer_name(vm)}: others are tried, if any are allowed, and "
+                f"this one again in {wait:.0f} s.",
+                logging.WARNING,
+                about=f"capacity of {_offer_name(vm)}",
             )
             self._not_started(vm)
         for vm in ready:
@@ -1138,17 +1157,17 @@ class Broker:
         self._flush()
 
     def _take_outcome(self, vm: VM, outcome: LaunchOutcome) -> None:
-        self._launcher.take(vm, outcome, self._now)
+        may_ask_again = self._launcher.take(vm, outcome, self._now)
         if isinstance(outcome, Instance):
             vm.instance_id, vm.meter = outcome.id, outcome.launched
             self._move(vm, VMState.BOOTING)
             self._note(vm, f"is instance {outcome.id}")
-        elif isinstance(outcome, LaunchRefused | QuotaReached):
+        elif not may_ask_again:
             self._tell(f"EC2 refuses to start {_offer_name(vm)}: {outcome}", logging.ERROR)
             self._not_started(vm)
         else:
             self._move(vm, VMState.PLANNED)
-            if not isinstance(outcome, NoCapacity):
+            if not isinstance(outcome, NoCapacity | QuotaReached):
                 self._tell(
                     f"{vm.name} is not started yet, will ask again: {outcome}", logging.WARNING
                 )

@@ -18,7 +18,8 @@ _FREE_WHEN_TAKEN = 3600.0
 """Seconds within which EC2 charges nothing for a spot machine that it takes back itself (EC2 user guide,
 Billing for interrupted Spot Instances)."""
 
-IDLE = "(idle, boots)"
+IDLE = "(idle, boots, lost)"
+"""What no task that ended has used: the attempts that a lost VM took along, too."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from .market.offers import Offer
 from .model import VM, VMState
 
+_ENDING = (VMState.TERMINATING, VMState.GONE)
+
 
 class Gangs:
     """Which VMs belong together. A VM without companions is a gang of its own."""
@@ -67,11 +69,19 @@ class Gangs:
 
     def has_lost(self, vm: VM) -> bool:
         """Whether one of the machines on which its tasks run was lost."""
-        return any(member.reason for member in self.members(vm))
+        return any(_is_lost(member) for member in self.members(vm))
 
     def torn(self) -> Iterator[tuple[VM, VM]]:
-        """VMs that could go on but must not, because another one of their gang leaves, each with that."""
+        """VMs that could go on but must not, because another one of their gang leaves, each with that: all
+        that are still there once one was lost, else those that still take tasks."""
         for gang in self._members.values():
-            leaver = next((vm for vm in gang if not vm.is_open), None)
+            lost = next((vm for vm in gang if _is_lost(vm)), None)
+            leaver = lost or next((vm for vm in gang if not vm.is_open), None)
             if leaver is not None:
-                yield from ((vm, leaver) for vm in gang if vm.is_open)
+                leaving = _ENDING if lost else (VMState.DRAINING, *_ENDING)
+                yield from ((vm, leaver) for vm in gang if vm.state not in leaving)
+
+
+def _is_lost(vm: VM) -> bool:
+    """One that EC2 is about to take back is not lost yet."""
+    return bool(vm.reason) and vm.state in _ENDING

@@ -43,7 +43,8 @@ class Limits:
 
 
 class Launcher:
-    """`refusal` is why nothing more is started, for good; empty: nothing speaks against it."""
+    """`refusal` is why nothing more is started: for good, or, where it is for the money, until a machine has
+    ended; empty: nothing speaks against it."""
 
     def __init__(self, run: str, offers: Offers, billing: Billing, limits: Limits) -> None:
         self._run = run
@@ -51,6 +52,8 @@ class Launcher:
         self._billing = billing
         self._limits = limits
         self._boot_failures = 0
+        self._batch_limits: dict[str, int] = {}
+        self._is_too_dear = False
         self.refusal = ""
 
     # -- boots
@@ -111,6 +114,7 @@ class Launcher:
         for count, vm in enumerate(wanted):
             bound += self.bound([vm], now)
             if bound > self._limits.max_spend:
+                self._is_too_dear = True
                 self.refusal = (
                     f"--schlouder-max-spend of {self._limits.max_spend:g} USD: "
                     f"{self.spent(others, now):.4g} USD are spent, and with {vm.name} ({vm.type.name}) "
@@ -118,6 +122,12 @@ class Launcher:
                 )
                 return wanted[:count]
         return wanted
+
+    def machine_ended(self, market: str) -> None:
+        """What it did not use up of quota and money may do for another one."""
+        self._offers.machine_ended(market)
+        if self._is_too_dear:
+            self._is_too_dear, self.refusal = False, ""
 
     def is_spent(self, vms: Iterable[VM], now: float) -> bool:
         """Whether the run has cost as much as it may."""
@@ -141,8 +151,9 @@ class Launcher:
         for (_, market, zone), group in groups.items():
             if self._offers.is_probe(group[0].type, market, zone):
                 group = group[:1]
-            for start in range(0, len(group), BATCH):
-                ready += self._batch(group[start : start + BATCH], zone)
+            size = self._batch_limits.get(market, BATCH)
+            for start in range(0, len(group), size):
+                ready += self._batch(group[start : start + size], zone)
         return ready, none
 
     def _batch(self, vms: list[VM], zone: str) -> list[VM]:
@@ -164,13 +175,20 @@ class Launcher:
 
     # -- what the cloud says
 
-    def take(self, vm: VM, outcome: LaunchOutcome, now: float) -> None:
-        """What an outcome means for later launches of `vm` and of others."""
+    def take(self, vm: VM, outcome: LaunchOutcome, now: float) -> bool:
+        """What an outcome means for later launches of `vm` and of others; whether `vm` may still be asked
+        for. EC2 starts none of a batch that exceeds a quota, though a smaller one may not."""
+        may_ask_again = not isinstance(outcome, Instance | LaunchRefused | QuotaReached)
         if isinstance(outcome, Instance):
             self._offers.has_some(vm.type, vm.market, vm.zone)
         elif isinstance(outcome, NoCapacity):
             self._offers.has_none(vm.type, vm.market, vm.zone, now)
             self._anew(vm, now)
+        elif isinstance(outcome, QuotaReached) and len(vm.batch) > 1 and not _is_of_gang(vm):
+            known = self._batch_limits.get(vm.market, BATCH)
+            self._batch_limits[vm.market] = min(known, len(vm.batch) // 2)
+            self._anew(vm, now)
+            may_ask_again = True
         elif isinstance(outcome, QuotaReached):
             self._offers.quota_reached(vm.type, vm.market, str(outcome))
             self._anew(vm, now)
@@ -181,6 +199,7 @@ class Launcher:
         elif isinstance(outcome, CloudUnavailable):
             vm.retry_at = now + self._pause(vm)
         vm.launch_attempt += not isinstance(outcome, Instance)
+        return may_ask_again
 
     def _anew(self, vm: VM, date: float) -> None:
         """Nothing was started under its token, or nothing that lives: the next try is another launch."""
@@ -190,3 +209,8 @@ class Launcher:
         """Seconds until the next try; the same for a batch, different for others."""
         spread = random.Random(f"{vm.token} {vm.launch_attempt}").uniform(0.5, 1.0)
         return min(_BACKOFF, 2.0 ** (vm.launch_attempt + 1)) * spread
+
+
+def _is_of_gang(vm: VM) -> bool:
+    """Whether others are of no use without it."""
+    return vm.nodes > 1 or vm.leader is not None

@@ -102,7 +102,7 @@ def replay_table(replays: Sequence[Replay]) -> RenderableType:
 
 def run_report(journal: Journal, run: str) -> RenderableType:
     """The per-VM table of one run: a header for each VM, then its tasks in the order in which they ran; one
-    that ran on several VMs is shown on each."""
+    that ran on several VMs is shown on each. VMs that never came to be are only counted."""
     from rich.console import Group
     from rich.text import Text
 
@@ -112,11 +112,17 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     billing = Billing(record.unit, record.minimum)
     spent = account(vms, tasks, billing, record.ended or time.time())
     bills = {bill.name: bill for bill in spent.bills}
+    void = []
     for vm in vms:
-        parts.append(Text(f"\n{_vm_line(vm, bills.get(vm.name))}", style="bold"))
         home = vm.leader or vm.name
         ran = [task for task in tasks if task.vm == home and not _never_started(task)]
-        parts.append(_task_table(ran))
+        if vm.instance_id is None and vm.state == VMState.GONE and not ran:
+            void.append(vm)
+            continue
+        parts.append(Text(f"\n{_vm_lines(vm, bills.get(vm.name))}", style="bold"))
+        parts.append(_task_table(ran) if ran else Text(" nothing ran here to its end"))
+    if void:
+        parts.append(Text(f"\n{_count(void, 'VM')} more asked for and not started"))
     homeless = [task for task in tasks if task.vm is None or _never_started(task)]
     if homeless:
         parts.append(Text("\nNot on any VM"))
@@ -186,9 +192,10 @@ def _usd(amount: float) -> str:
     return f"{amount:.2f} USD" if abs(amount) >= 10 else f"{amount:.4f} USD"
 
 
-def _vm_line(vm: VMRecord, bill: Bill | None) -> str:
+def _vm_lines(vm: VMRecord, bill: Bill | None) -> str:
+    """Name and boot; what it is, and what it cost; why it ended, if there is a reason."""
     boot = "never joined" if vm.ready is None else f"+ {vm.ready - vm.requested:.0f} seconds"
-    reason = f"  {vm.reason}" if vm.reason else ""
+    reason = f"\n {vm.reason}" if vm.reason else ""
     state = "terminated" if vm.state == VMState.GONE else vm.state
     header = f"{vm.instance_id or 'not started'} - {vm.name} ({_clock(vm.requested)}) {boot}"
     gang = f", companion of {vm.leader}" if vm.leader else ""
@@ -198,7 +205,7 @@ def _vm_line(vm: VMRecord, bill: Bill | None) -> str:
     if bill is not None:
         cost = f", {bill.units} unit{'' if bill.units == 1 else 's'}"
         cost += f" = {_usd(bill.usd)}" if bill.usd is not None else ""
-    return f"{header}  [{vm.instance_type}{market}{where}, {state}{gang}{cost}]{reason}"
+    return f"{header}\n [{vm.instance_type}{market}{where}, {state}{gang}{cost}]{reason}"
 
 
 def _task_table(tasks: list[TaskRecord]) -> RenderableType:

@@ -180,3 +180,17 @@ def test_a_run_lives_until_it_ended_or_its_process_is_gone() -> None:
         journal.begin_run(replace(RUN, run=run, host=host, pid=pid))
     journal.end_run("ended", 2000.0)
     assert journal.living_runs("host") == {"here", "elsewhere"}
+
+
+def test_vms_that_were_never_started_are_counted_only() -> None:
+    journal = Journal(":memory:")
+    journal.begin_run(RUN)
+    lost, void, other = machine(), replace(machine(), name="node-2"), machine()
+    lost.instance_id, lost.state, lost.reason = "i-0abc", VMState.GONE, "EC2 took it back"
+    void.state, other.name = VMState.GONE, "node-3"
+    journal.write("r1", [lost, void, other])
+    text = report.as_text(report.run_report(journal, "r1"))
+    assert "\n EC2 took it back\n nothing ran here to its end\n" in text
+    assert "node-2" not in text
+    assert "node-3" in text
+    assert "1 VM more asked for and not started" in text

@@ -175,3 +175,45 @@ def test_what_is_spent_ends_the_run_but_not_what_runs(tmp_path: Path) -> None:
     assert 1 <= len(cancelled) <= 3
     assert rig.states().count(TaskState.COMPLETE) == 6 - len(cancelled)
     assert rig.world.alive() == []
+
+
+@pytest.mark.parametrize("quota", [1, 2, 5])
+def test_within_a_quota_as_many_are_started_as_it_allows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, quota: int
+) -> None:
+    """EC2 starts none of a call that asks for more than the quota."""
+    rig = Rig(tmp_path, types=(SMALL,))
+    launch = rig.cloud.launch
+
+    def as_ec2(requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        outcomes: list[LaunchOutcome] = []
+        for request in requests:
+            batch = [other for other in requests if other.token == request.token]
+            alive = [n for n in rig.world.alive() if n not in request.batch]
+            fits = len(alive) + len(batch) <= quota
+            outcomes += launch([request]) if fits else [QuotaReached("VcpuLimitExceeded")]
+        return outcomes
+
+    rig.cloud.launch = as_ec2  # type: ignore[method-assign]
+    rig.give(7, seconds=30)
+    rig.run(400)
+    assert rig.states() == [TaskState.COMPLETE] * 7
+    assert rig.most_alive == quota
+    assert caplog.text.count("VcpuLimitExceeded") == 1
+
+
+def test_money_that_a_machine_left_over_starts_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two machines for an hour each would cost too much, but the first one takes a minute."""
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, limits=Limits(max_spend=0.15))
+    tasks = rig.give(2, seconds=60, planned=3600.0, need=Need(2, 1000))
+    rig.run(20)
+    assert len(rig.cloud.launched) == 1
+    assert "No further VM is started: --schlouder-max-spend of 0.15 USD" in caplog.text
+    rig.run(120)
+    assert [task.state for task in tasks] == [TaskState.COMPLETE] * 2
+    rig.give(1, seconds=60, planned=60.0)
+    rig.run(120)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+    assert len(rig.cloud.launched) == 2

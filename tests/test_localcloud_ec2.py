@@ -240,6 +240,8 @@ class TestMeter:
         ids = [vms.run(), vms.run(**SPOT)]
         time.sleep(1.5)
         vms.ec2.terminate_instances(InstanceIds=ids)
+        time.sleep(1.1)
+        vms.ec2.terminate_instances(InstanceIds=ids)
         for instance_id in ids:
             vms.wait_for_state(instance_id, "terminated")
             described, entry = vms.describe(instance_id), meter_of(vms, instance_id)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import SMALL, Rig
@@ -19,6 +20,8 @@ from snakemake_executor_plugin_schlouder.model import (
     PREFER,
     SPOT,
     Billing,
+    Need,
+    SlurmOptions,
     TaskState,
 )
 
@@ -228,3 +231,79 @@ def test_the_books_know_of_a_reclaim_that_came_while_the_run_ended(rig: Rig) -> 
     (vm,) = rig.journal.vms("r1")
     (bill,) = account([vm], [], Billing(), rig.world.now).bills
     assert (bill.units, bill.billed) == (0, 0)
+
+
+def test_without_retries_the_next_machine_is_on_demand(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, zones=ZONES, reclaims=0)
+    rig.cloud.allow_kill = True
+    rig.give(1, seconds=100, spot=PREFER)
+    rig.run(30)
+    take(rig, running(rig))
+    rig.run(200)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert markets(rig) == [SPOT, ON_DEMAND]
+
+
+def test_a_machine_that_goes_before_slurm_has_ended_its_task_counts_once(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=500, planned=500.0, spot=PREFER)
+    rig.run(20)
+    node = running(rig)
+    rig.slurm.cancel = lambda slurm_ids: None  # type: ignore[method-assign]
+    notice(rig, node, 10)
+    rig.run(10)
+    take(rig, node)
+    rig.run(60)
+    assert (task.attempt, task.reclaims, task.losses) == (2, 1, 0)
+
+
+def test_notices_are_counted_for_what_may_run_on_spot_machines_only(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=500, planned=500.0, spot=ONLY)
+    for _ in range(4):
+        rig.run(30)
+        notice(rig, running(rig), 60)
+    rig.run(30)
+    assert task.state == TaskState.FAILED
+    assert task.reason == "its spot machine was taken back, 4 times"
+
+
+GANG: dict[str, Any] = {"need": Need(2, 1000, nodes=2), "options": SlurmOptions(tasks=2)}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_gang_that_gets_notice_may_end_its_task(rig: Rig, number: int) -> None:
+    (task,) = rig.give(1, seconds=60, planned=60.0, spot=ONLY, **GANG)
+    rig.run(20)
+    notice(rig, f"schlouder-r1-{number}", 120)
+    rig.run(100)
+    assert (task.state, task.attempt, task.reclaims) == (TaskState.COMPLETE, 1, 0)
+    assert len(rig.cloud.launched) == 2
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_task_that_its_gang_cannot_end_goes_to_another_at_once(rig: Rig, number: int) -> None:
+    (task,) = rig.give(1, seconds=500, planned=500.0, spot=PREFER, **GANG)
+    rig.run(20)
+    node = f"schlouder-r1-{number}"
+    notice(rig, node, 120)
+    rig.run(40)
+    assert len(rig.cloud.launched) == 4
+    assert rig.world.twice_at_a_time() == []
+    take(rig, node)
+    rig.run(600)
+    assert (task.state, task.attempt, task.reclaims) == (TaskState.COMPLETE, 2, 1)
+    assert rig.world.alive() == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_gang_that_is_taken_after_its_notice_is_replaced(rig: Rig, number: int) -> None:
+    """The task takes longer than was thought; its ranks fail when their machine goes."""
+    (task,) = rig.give(1, seconds=100, planned=30.0, spot=PREFER, **GANG)
+    rig.run(20)
+    node = f"schlouder-r1-{number}"
+    notice(rig, node, 60)
+    rig.run(60)
+    assert task.attempt == 1
+    take(rig, node)
+    rig.run(300)
+    assert (task.state, task.attempt, task.reclaims) == (TaskState.COMPLETE, 2, 1)
+    assert rig.world.alive() == []
