@@ -354,6 +354,8 @@ class Ec2Cloud:
                     "TagSpecifications", replace(self._abilities, tags_on_launch=False)
                 )
             else:
+                if self.architecture and "architecture" in str(refusal):
+                    return  # The catalog tells it together with the setting.
                 if refusal.meaning == Meaning.WRONG and type_name and not findings.problems:
                     findings.problems.append(f"AWS: a {type_name} would be refused ({refusal})")
                 return

@@ -445,6 +445,19 @@ def test_a_launch_that_would_be_refused_is_told_before_the_first_vm() -> None:
         findings.check()
 
 
+@pytest.mark.parametrize(("place", "problems"), [(Place("x86_64"), 0), (Place(), 1)])
+def test_a_wrong_architecture_is_left_to_the_catalog_where_that_knows_the_image(
+    place: Place, problems: int
+) -> None:
+    ec2 = Ec2(Ec2Settings("eu-west-1", "ami-1", types=("m6g.large",)), {})
+    ec2.cloud._place = place
+    knows_dry_runs(ec2)
+    dry_runs(ec2, ("InvalidParameterValue", "The architecture 'arm64' does not match"))
+    findings = Findings()
+    ec2.cloud.rehearse(findings)
+    assert len(findings.problems) == problems
+
+
 # -- clouds that are like EC2
 
 
