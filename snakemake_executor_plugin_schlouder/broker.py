@@ -993,7 +993,7 @@ class Broker:
                 vm.ended = self._now
                 self._described = -math.inf
             except CloudUnavailable as error:
-                self._tell(f"EC2 does not answer, will ask again: {error}", logging.WARNING)
+                self._tell(f"{vm.name} is not ended yet, will ask again: {error}", logging.WARNING)
         else:
             self._close(vm)
 
@@ -1334,30 +1334,40 @@ class Broker:
             vm.active.clear()
 
     def _terminate_all(self, vms: Sequence[VM]) -> None:
-        """In one call; machines whose launch was never answered are found by the run's tag."""
+        """In one call; machines whose launch was never answered are found by the run's tag. Those that are
+        known are ended even while EC2 lists none."""
         ids = {vm.instance_id for vm in vms if vm.instance_id is not None}
         kept = {vm.instance_id for vm in self._machines} - {vm.instance_id for vm in vms}
         for vm in vms:
             if vm.state != VMState.GONE:
-                vm.ended = vm.ended or self._now
                 self._move(vm, VMState.TERMINATING)
                 self._note(vm, "terminating")
         self._flush()
+        listed = self._list_alive()
+        for instance in listed or ():
+            unanswered = self._machines.get(instance.node)
+            if unanswered is not None and unanswered.instance_id is None:
+                self._book_orphan(unanswered, instance)
+        ids |= {instance.id for instance in listed or ()} - kept
         try:
-            alive = [i for i in self._cloud.instances(self._config.run) if i.is_alive]
-            ids |= {instance.id for instance in alive} - kept
-            for instance in alive:
-                unanswered = self._machines.get(instance.node)
-                if unanswered is not None and unanswered.instance_id is None:
-                    self._book_orphan(unanswered, instance)
             if ids:
                 self._cloud.terminate(sorted(ids))
         except CloudUnavailable as error:
-            self._tell(f"EC2 does not answer: {error}", logging.WARNING)
+            self._tell(f"The VMs are not ended yet: {error}", logging.WARNING)
             return
         for vm in vms:
-            if vm.instance_id is None and vm.state != VMState.GONE:
+            if vm.instance_id is not None:
+                vm.ended = vm.ended or self._now
+            elif listed is not None and vm.state != VMState.GONE:
                 self._close(vm)
+
+    def _list_alive(self) -> list[Instance] | None:
+        """The machines of the run; None while EC2 does not tell."""
+        try:
+            return [i for i in self._cloud.instances(self._config.run) if i.is_alive]
+        except CloudUnavailable as error:
+            self._tell(f"EC2 does not list the VMs: {error}", logging.WARNING)
+            return None
 
     def _await_end(self, vms: Sequence[VM]) -> bool:
         """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
@@ -1414,7 +1424,10 @@ class Broker:
                 f"Slurm job {jobs} on it is not of this run; end it with "
                 f"`aws ec2 terminate-instances --instance-ids {vm.instance_id}` when that job is done"
             )
-        return "EC2 did not confirm its end; look with `aws ec2 describe-instances`"
+        return (
+            "EC2 did not confirm its end, it may go on to cost money; end it with "
+            f"`aws ec2 terminate-instances --instance-ids {vm.instance_id}`"
+        )
 
     # -- small change
 

@@ -25,6 +25,7 @@ from snakemake_executor_plugin_schlouder.model import (
 from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
+    Instance,
     LaunchRefused,
     TokenSpent,
 )
@@ -728,3 +729,31 @@ def test_a_task_taken_back_waits_for_the_end_of_a_node_that_failed(rig: Rig) -> 
         rig.tick()
         rig.world.pass_time(1)
         assert rig.world.twice_at_a_time() == []
+
+
+def test_what_is_known_is_ended_while_ec2_lists_nothing(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def silent(_run: str) -> list[Instance]:
+        raise CloudUnavailable("the right ec2:DescribeInstances is missing")
+
+    rig.give(2, seconds=500)
+    rig.run(20)
+    rig.cloud.allow_kill = True
+    rig.cloud.instances = silent  # type: ignore[method-assign,assignment]
+    rig.broker.release()
+    assert rig.world.alive() == []
+    assert "ec2:DescribeInstances" in caplog.text
+
+
+def test_what_ec2_did_not_end_goes_on_to_cost(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    def refused(_ids: Sequence[str]) -> None:
+        raise CloudUnavailable("the right ec2:TerminateInstances is missing")
+
+    rig.give(1, seconds=500)
+    rig.run(20)
+    rig.cloud.terminate = refused  # type: ignore[method-assign,assignment]
+    rig.broker.release()
+    (vm,) = rig.broker.vms()
+    assert vm.ended is None
+    assert "aws ec2 terminate-instances --instance-ids i-0000" in caplog.text
