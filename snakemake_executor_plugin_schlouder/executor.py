@@ -843,7 +843,7 @@ def _check_sizes(asked: Mapping[Any, RuleSettings], market: Market) -> None:
     offers = Offers(market.types, reserved=market.reserved)
     needs = dict.fromkeys((job.name, settings.need) for job, settings in asked.items())
     problems = [
-        too_big(f"rule {rule}", need, market.types)
+        too_big(f"rule {rule}", need, offers.allowed(need))
         for rule, need in needs
         if offers.fits_none(need)
     ]

@@ -241,7 +241,7 @@ class Planner:
         """No machine for `task`: none can ever hold it, or there are none now."""
         plan = round_.plan
         if self._offers.fits_none(task.need):
-            reason = too_big(f"rule {task.rule}", task.need, self._offers.kinds)
+            reason = too_big(f"rule {task.rule}", task.need, self._offers.allowed(task.need))
             plan.failed.append((task, reason))
         elif refusal := round_.refusal or (self._offers.quota if not self._pool_of else ""):
             plan.failed.append((task, f"no VM can be started: {refusal}"))
@@ -506,7 +506,8 @@ def _pooled(pool: Pool) -> Pooled:
 
 
 def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
-    """The message for a rule or task that no allowed type can hold."""
+    """The message for a rule or task that none of the types that it may have can hold."""
+    setting = "schlouder_instance_type" if need.types else "--schlouder-instance-types"
     known = dict.fromkeys(feature for kind in types for feature in kind.features)
     unknown = [feature for feature in need.features if feature not in known]
     if unknown:
@@ -521,7 +522,7 @@ def too_big(what: str, need: Need, types: Sequence[InstanceType]) -> str:
         wanted += f", with the features {need.constraint}"
     return (
         f"{what} needs {wanted}; the allowed instance types offer {_sizes(types)}. "
-        f"{_advice(need, types)} with --schlouder-instance-types"
+        f"{_advice(need, types)} with {setting}"
     )
 
 

@@ -187,6 +187,13 @@ def test_words_that_match_nothing_are_told_at_once_with_near_misses(known: World
     assert third.startswith("--schlouder-instance-types: 'zz9' is no instance type of us-east-1")
 
 
+def test_a_word_of_a_rule_is_told_as_such(known: World) -> None:
+    with pytest.raises(
+        SchlouderError, match=r"^schlouder_instance_type: 'm5\.lage' is no instance"
+    ):
+        known.catalog().market(["m5.large"], ["m5.lage"], "x86_64", [], "", [ON_DEMAND])
+
+
 def test_a_type_of_another_architecture_is_an_error_if_named_and_left_out_of_a_pattern(
     known: World,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from snakemake_executor_plugin_schlouder.market.offers import Offers
 from snakemake_executor_plugin_schlouder.model import InstanceType, Need, SchlouderError
 from snakemake_executor_plugin_schlouder.planning import too_big
 from snakemake_executor_plugin_schlouder.resources import demand, of_group
@@ -265,3 +266,13 @@ def test_of_very_many_types_the_largest_are_told() -> None:
     message = too_big("rule r", need(mem_mb=5000), [*types, T4])
     assert "offer g4dn.xlarge (4 cpus, 15082 MiB, 1 GPU t4), t100 (100 cpus" in message
     assert "t96 (96 cpus, 921 MiB) and 95 smaller ones. Lower" in message
+
+
+def test_a_rule_with_types_of_its_own_is_told_of_these() -> None:
+    own = need(mem_mb=9000, schlouder_instance_type="m5.large")
+    offers = Offers((SMALL, T4), reserved=(SMALL.name,))
+    assert offers.allowed(own) == [SMALL]
+    assert offers.allowed(need(mem_mb=9000)) == [T4]
+    message = too_big("rule r", own, offers.allowed(own))
+    assert "offer m5.large (2 cpus, 7372 MiB). " in message
+    assert message.endswith("allow a larger type with schlouder_instance_type")

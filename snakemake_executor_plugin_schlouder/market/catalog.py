@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
 
 _TYPES = "--schlouder-instance-types"
+_RESOURCE = "schlouder_instance_type"
 _PRICES = "--schlouder-prices"
 _TYPE_TABLE = "--schlouder-type-table"
 
@@ -104,7 +105,7 @@ class Catalog:
         """What a run may rent: the types that `words` stand for, and those that only rules name."""
         general = self.types(words, arch)
         names = {kind.name for kind in general}
-        further = self.types(words_of_rules, arch) if words_of_rules else []
+        further = self.types(words_of_rules, arch, _RESOURCE) if words_of_rules else []
         reserved = [kind for kind in further if kind.name not in names]
         types = [*general, *reserved]
         offered = self.offerings(types, zones)
@@ -120,10 +121,12 @@ class Catalog:
 
     # -- types
 
-    def types(self, patterns: Sequence[str], arch: str) -> list[InstanceType]:
+    def types(
+        self, patterns: Sequence[str], arch: str, setting: str = _TYPES
+    ) -> list[InstanceType]:
         """The types that names (`m5.large`), patterns (`c7i.*`) and families (`c7i`) stand for, in this
         order, those of one pattern by size. `arch` is the image's, "" if unknown. SchlouderError tells
-        all that match nothing, or only types of another architecture.
+        all that match nothing, or only types of another architecture; `setting` is where they are from.
 
         A pattern that names no family (`*.large`) leaves out what does not suit sustained computing:
         burstable and bare-metal types and those of a previous generation.
@@ -139,7 +142,7 @@ class Catalog:
             for kind in sorted(kept, key=size):
                 chosen.setdefault(kind.name, kind)
         if problems:
-            raise SchlouderError("\n".join(f"{_TYPES}: {problem}" for problem in problems))
+            raise SchlouderError("\n".join(f"{setting}: {problem}" for problem in problems))
         return list(chosen.values())
 
     def named(self, names: Sequence[str]) -> list[InstanceType]:

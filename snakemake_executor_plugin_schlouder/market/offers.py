@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..model import NEVER, ON_DEMAND, ONLY, PREFER, SPOT, InstanceType, Need
+from ..model import NEVER, ON_DEMAND, ONLY, PREFER, SPOT, InstanceType, Need, is_named
 from .tariff import Tariff
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 180.0, 1800.0
@@ -96,9 +96,18 @@ class Offers:
         """Whether no type that is allowed can hold it, to be had or not."""
         return not any(self.fits(kind, need) for kind in self._kinds)
 
+    def allowed(self, need: Need) -> list[InstanceType]:
+        """The types that a task that takes this may have, large enough or not."""
+        return [kind for kind in self._kinds if self._may_have(need, kind)]
+
     def fits(self, kind: InstanceType, need: Need) -> bool:
         """Whether a machine of `kind` may be given a task that takes this."""
-        return kind.fits(need) and (bool(need.types) or kind.name not in self._reserved)
+        return kind.fits(need) and self._may_have(need, kind)
+
+    def _may_have(self, need: Need, kind: InstanceType) -> bool:
+        if need.types:
+            return is_named(need.types, kind.name)
+        return kind.name not in self._reserved
 
     def _cheapest(self, demand: Demand, now: float) -> Offer | None:
         fitting = [kind for kind in self._kinds if self.fits(kind, demand.need)]
