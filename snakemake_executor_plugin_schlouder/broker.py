@@ -51,6 +51,7 @@ from .provision import (
     LaunchOutcome,
     NoCapacity,
     QuotaReached,
+    TokenSpent,
 )
 from .slurm import (
     Cluster,
@@ -111,6 +112,7 @@ _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
 _RELEASE_PATIENCE = 30.0
 _NODE_PATIENCE = 10.0
+_ORPHAN_PATIENCE = 10.0
 _RELEASE_PAUSE = 0.2
 _LAST_BREATH = 2.0
 _CONSOLE_LINES = 15
@@ -258,6 +260,7 @@ class Broker:
         self._released = False
         self._vm_count = 0
         self._described = -math.inf
+        self._orphans_until = -math.inf
         self._nodes_seen = -math.inf
         self._asked = -math.inf
         self._news = self._now
@@ -278,6 +281,9 @@ class Broker:
     def adopt(self, left: Remains) -> None:
         """Goes on with what a killed run of this name has left; before the first tick."""
         self._vm_count = left.vm_count
+        for vm in left.vms:
+            if vm.token and vm.instance_id is None:
+                self._orphans_until = max(self._orphans_until, vm.requested + _CONSISTENCY_WINDOW)
         self._gangs.adopt(left.vms)
         for vm in left.vms:
             if vm.state in (VMState.PLANNED, VMState.REQUESTED):
@@ -336,6 +342,8 @@ class Broker:
             constraint=wanted.constraint,
             types=wanted.types,
         )
+        if self._has_lost_too_many(live):
+            live.spot = NEVER
         live.is_wanted = True
         self._claimed.append(live)
         if live.state == TaskState.COMPLETE:
@@ -522,7 +530,8 @@ class Broker:
         moving = self._machines.has(*_MOVING)
         often = self._config.describe_every
         pause = often if moving else max(often, _DESCRIBE_SELDOM)
-        if self._machines.alive and self._now - self._described >= pause and not self._is_over:
+        is_worth = self._machines.alive or self._now < self._orphans_until
+        if is_worth and self._now - self._described >= pause and not self._is_over:
             self._describe()
 
     def _describe(self) -> bool:
@@ -545,21 +554,22 @@ class Broker:
         orphans = []
         for instance in listed:
             vm = self._machines.get(instance.node)
-            if vm is None or not instance.is_alive or vm.instance_id == instance.id:
+            if vm is None or vm.instance_id == instance.id:
                 continue
             if vm.state in (VMState.PLANNED, VMState.REQUESTED):
                 self._take_outcome(vm, instance)
-            elif vm.instance_id is not None or vm.state == VMState.GONE:
-                if vm.instance_id is None:
-                    self._book_orphan(vm, instance)
+            elif vm.instance_id is None:
+                self._book_orphan(vm, instance)
+            is_wanted = vm.is_open and vm.instance_id == instance.id
+            if instance.is_alive and not is_wanted:
                 orphans.append(instance.id)
         if orphans:
             self._try_cloud(lambda: self._cloud.terminate(orphans))
 
     def _book_orphan(self, vm: VM, instance: Instance) -> None:
         """A machine that came for a VM that had been given up costs what that VM would have."""
-        vm.instance_id, vm.meter = instance.id, instance.launched
-        vm.ended, vm.ending = None, False
+        vm.instance_id, vm.meter, vm.ended = instance.id, instance.launched, None
+        vm.ending = vm.node_deleted = False
         self._move(vm, VMState.TERMINATING)
         self._note(vm, f"came too late as {instance.id}")
 
@@ -671,11 +681,15 @@ class Broker:
     def _count_reclaim(self, task: Task) -> None:
         """One that has lost too many spot machines gets one on demand, if it may."""
         task.reclaims += 1
-        if task.reclaims >= self._config.reclaims and task.spot == PREFER:
+        if self._has_lost_too_many(task):
             task.spot = NEVER
             self._log.info(
                 f"{task.name} has lost {task.reclaims} spot machines; it goes on without."
             )
+
+    def _has_lost_too_many(self, task: Task) -> bool:
+        """Whether `task` may do without spot machines, and should."""
+        return task.reclaims >= self._config.reclaims and task.spot == PREFER
 
     def _keep_gangs_together(self) -> None:
         """Who leaves a gang takes the others along: at once if it was lost, else when nothing runs there, as
@@ -1001,14 +1015,22 @@ class Broker:
         """The machine is gone for certain: nothing of it can write any more."""
         vm.ended = vm.ended or self._now
         vm.ending = True
-        if vm.instance_id:
+        if vm.instance_id and self._makes_room(vm):
             self._launcher.machine_ended(vm.market)
+        elif vm.instance_id is None and vm.token:
+            self._orphans_until = self._now + _CONSISTENCY_WINDOW
         never_asked_for = vm.state == VMState.PLANNED and not vm.retry_at
         vm.node_deleted |= vm.instance_id is None and never_asked_for
         self._move(vm, VMState.GONE)
         self._note(vm, "gone")
         if not vm.node_deleted:
             self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine gone"))
+
+    def _makes_room(self, vm: VM) -> bool:
+        """Whether its end may lift a quota: not that of a gang which was not complete, for the next one would
+        be refused as well."""
+        leader = self._gangs.leader(vm)
+        return leader.nodes == 1 or leader.ready is not None
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it runs again, unless its script was done: a failure may be
@@ -1026,7 +1048,7 @@ class Broker:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
         for vm in self._machines.having(*_LEAVING):
             node = view.nodes.get(vm.name)
-            if vm.state == VMState.DRAINING and self._gangs.leader(vm).is_unused:
+            if vm.state == VMState.DRAINING and self._has_nothing_left(vm):
                 self._leave(vm, node)
             elif vm.state == VMState.DRAINING and node is not None and node.state == "down":
                 self._lost(vm, f"Slurm lost the node: {node.reason}")
@@ -1034,6 +1056,12 @@ class Broker:
                 self._terminate(vm)
             elif vm.state == VMState.GONE and (node is not None or not vm.node_deleted):
                 self._forget_node(vm)
+
+    def _has_nothing_left(self, vm: VM) -> bool:
+        """Whether no task runs there; those of a leader that was given up wait for the ends of its
+        companions."""
+        leader = self._gangs.leader(vm)
+        return leader.is_unused or leader.state in (VMState.TERMINATING, VMState.GONE)
 
     def _leave(self, vm: VM, node: NodeStatus | None) -> None:
         """A VM that drains goes when no job is left on it; a drain that did not take is repeated."""
@@ -1094,10 +1122,9 @@ class Broker:
     def _place_all(self) -> None:
         """Has every waiting task planned, and takes note of the outcome."""
         refusal = self._launcher.refusal
-        room = self._config.max_vms - self._machines.alive
-        if self._stopping or refusal:
-            room = 0
-        plan = self._planner.place(self._waiting, self._now, room, refusal)
+        alive = self._machines.alive
+        room = 0 if self._stopping or refusal else self._config.max_vms - alive
+        plan = self._planner.place(self._waiting, self._now, room, refusal, alive)
         self._waiting = plan.left
         for leader in plan.started:
             for vm in self._gangs.assemble(leader, self._new_vm):
@@ -1123,16 +1150,25 @@ class Broker:
         """Requested VMs are still to be launched only when the round that requested them broke off;
         the token makes asking again safe."""
         for vm in self._machines.having(VMState.PLANNED):
-            if self._stopping or not self._planner.needs(self._gangs.leader(vm)):
+            if self._stopping or not (self._is_needed(vm) or self._may_have_come(vm)):
                 self._close(vm)
         unlaunched = self._machines.having(VMState.PLANNED, VMState.REQUESTED)
-        due = self._launcher.due(unlaunched, self._machines, self._now)
-        if due:
+        booting = sum(not self._gangs.is_up(vm) for vm in self._machines.having(VMState.BOOTING))
+        due = self._launcher.due(unlaunched, self._machines, booting, self._now)
+        if due := [vm for vm in due if self._is_needed(vm)]:
             self._launch(due)
         if self._launcher.refusal:
             self._tell(f"No further VM is started: {self._launcher.refusal}", logging.WARNING)
             for vm in self._machines.having(VMState.PLANNED):
                 self._not_started(vm)
+
+    def _is_needed(self, vm: VM) -> bool:
+        return self._planner.needs(self._gangs.leader(vm))
+
+    def _may_have_come(self, vm: VM) -> bool:
+        """Whether a machine may be there for `vm`, whose launch was not answered: as long as Describe may not
+        show it yet it counts towards the limits, needed or not."""
+        return bool(vm.token) and self._now - vm.requested < _CONSISTENCY_WINDOW
 
     def _launch(self, due: Sequence[VM]) -> None:
         ready, nowhere = self._launcher.address(due, self._now)
@@ -1157,11 +1193,15 @@ class Broker:
         self._flush()
 
     def _take_outcome(self, vm: VM, outcome: LaunchOutcome) -> None:
+        """A VM whose token is spent had a machine that is gone: another one gets a name and a bill of its
+        own."""
         may_ask_again = self._launcher.take(vm, outcome, self._now)
         if isinstance(outcome, Instance):
             vm.instance_id, vm.meter = outcome.id, outcome.launched
             self._move(vm, VMState.BOOTING)
             self._note(vm, f"is instance {outcome.id}")
+        elif isinstance(outcome, TokenSpent):
+            self._not_started(vm)
         elif not may_ask_again:
             self._tell(f"EC2 refuses to start {_offer_name(vm)}: {outcome}", logging.ERROR)
             self._not_started(vm)
@@ -1281,7 +1321,7 @@ class Broker:
             names = [vm.name for vm in leaving]
             self._try_cluster(lambda: self._cluster.drain(names, "schlouder: no work left"))
         for vm in self._machines.having(VMState.BOOTING):
-            if not self._planner.needs(self._gangs.leader(vm)):
+            if not self._is_needed(vm):
                 self._terminate(vm)
 
     def _retirable(self) -> list[VM]:
@@ -1372,12 +1412,15 @@ class Broker:
     def _await_end(self, vms: Sequence[VM]) -> bool:
         """Asks until the cloud says that all of them are ending and Slurm has no node of theirs; a
         machine that is ending costs nothing more, so that its last breath is waited for only shortly,
-        and its node, which never did, not much longer. False if that did not come about."""
+        and its node, which never did, not much longer; nor is a machine whose launch was not answered, and
+        which Describe may not show yet. False if that did not come about."""
         begun = asked = self._now
         while self._now - begun < _RELEASE_PATIENCE:
             self._describe()
             self._remove_nodes(vms)
             waited, ending = self._now - begun, all(vm.ending for vm in vms)
+            if waited < _ORPHAN_PATIENCE and self._now < self._orphans_until:
+                ending = False
             gone = waited > _LAST_BREATH or all(vm.state == VMState.GONE for vm in vms)
             if ending and gone and all(vm.node_deleted for vm in vms):
                 return True

@@ -93,7 +93,9 @@ def bill_of(vm: VMRecord, used: Sequence[TaskRecord], billing: Billing, now: flo
     ended = vm.meter_end or vm.ended or now
     seconds = max(0.0, ended - begun)
     is_free = (
-        vm.market == SPOT and "Server.SpotInstance" in vm.reason and seconds < _FREE_WHEN_TAKEN
+        vm.market == SPOT
+        and vm.reason.startswith("Server.SpotInstance")
+        and seconds < _FREE_WHEN_TAKEN
     )
     units = 0 if is_free else max(billing.units(seconds), math.ceil(billing.minimum / billing.unit))
     billed = units * billing.unit

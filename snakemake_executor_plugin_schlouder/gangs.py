@@ -63,6 +63,10 @@ class Gangs:
             ready.append(leader)
         return ready
 
+    def is_up(self, vm: VM) -> bool:
+        """Whether its own node has joined, be it that others of its gang have not."""
+        return vm.name in self._up
+
     def is_gone(self, vm: VM) -> bool:
         """Whether no machine on which its tasks ran can write any more."""
         return all(member.state == VMState.GONE for member in self.members(vm))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .market.offers import Offers
-from .model import ON_DEMAND, VM, Billing, VMState
+from .model import ON_DEMAND, VM, Billing
 from .provision import (
     CloudUnavailable,
     Instance,
@@ -20,7 +20,6 @@ from .provision import (
     LaunchRequest,
     NoCapacity,
     QuotaReached,
-    TokenSpent,
     client_token,
 )
 
@@ -31,7 +30,6 @@ BATCH = 10
 """Machines started by one call at most: their names must fit into one tag of 256 characters."""
 
 _BACKOFF = 60.0
-_ASKED_FOR = (VMState.REQUESTED, VMState.BOOTING)
 
 
 @dataclass(frozen=True)
@@ -92,24 +90,21 @@ class Launcher:
 
     # -- which machines are asked for now
 
-    def due(self, vms: Sequence[VM], all_vms: Iterable[VM], now: float) -> list[VM]:
-        """Of the VMs that are not launched yet those that may be now."""
+    def due(self, vms: Sequence[VM], all_vms: Iterable[VM], booting: int, now: float) -> list[VM]:
+        """Of the VMs that are not launched yet those that may be now. One whose launch was not answered may
+        have a machine: it counts, and is asked for again beside the limits. `booting`: machines that are on
+        their way by an answer."""
+        unanswered = sum(bool(vm.token) for vm in vms)
         waiting = [vm for vm in vms if vm.retry_at <= now]
-        if not waiting:
-            return []
-        if self._limits == Limits():
-            return waiting
-        known = list(all_vms)
-        asked = {vm.name for vm in waiting}
-        booting = sum(vm.state in _ASKED_FOR and vm.name not in asked for vm in known)
-        room = max(0, self._limits.max_booting - booting)
-        return self._affordable(waiting[:room], known, now)
+        again = [vm for vm in waiting if vm.token]
+        new = [vm for vm in waiting if not vm.token]
+        room = max(0, self._limits.max_booting - booting - unanswered)
+        return again + self._affordable(new[:room], all_vms, now)
 
-    def _affordable(self, wanted: list[VM], known: Sequence[VM], now: float) -> list[VM]:
-        if self._limits.max_spend == math.inf:
+    def _affordable(self, wanted: list[VM], all_vms: Iterable[VM], now: float) -> list[VM]:
+        if self._limits.max_spend == math.inf or not wanted:
             return wanted
-        names = {vm.name for vm in wanted}
-        others = [vm for vm in known if vm.name not in names and vm.instance_id]
+        others = [vm for vm in all_vms if vm.instance_id or (vm.token and vm.is_booting)]
         bound = self.bound(others, now)
         for count, vm in enumerate(wanted):
             bound += self.bound([vm], now)
@@ -157,8 +152,12 @@ class Launcher:
         return ready, none
 
     def _batch(self, vms: list[VM], zone: str) -> list[VM]:
+        """One launch for all of them: those that were asked for more often than others must not get a token
+        of their own, under which the whole batch would be started once more."""
         names = tuple(vm.name for vm in vms)
+        attempt = max(vm.launch_attempt for vm in vms)
         for vm in vms:
+            vm.launch_attempt = attempt
             vm.zone, vm.batch = zone, names
             vm.price = self._offers.price(vm.type, vm.market, zone)
             vm.list_price = self._offers.price(vm.type, ON_DEMAND)
@@ -184,7 +183,7 @@ class Launcher:
         elif isinstance(outcome, NoCapacity):
             self._offers.has_none(vm.type, vm.market, vm.zone, now)
             self._anew(vm, now)
-        elif isinstance(outcome, QuotaReached) and len(vm.batch) > 1 and not _is_of_gang(vm):
+        elif isinstance(outcome, QuotaReached) and len(vm.batch) > 1:
             known = self._batch_limits.get(vm.market, BATCH)
             self._batch_limits[vm.market] = min(known, len(vm.batch) // 2)
             self._anew(vm, now)
@@ -194,23 +193,16 @@ class Launcher:
             self._anew(vm, now)
         elif isinstance(outcome, LaunchRefused):
             self.refusal = str(outcome)
-        elif isinstance(outcome, TokenSpent):
-            self._anew(vm, now + self._pause(vm))
         elif isinstance(outcome, CloudUnavailable):
             vm.retry_at = now + self._pause(vm)
         vm.launch_attempt += not isinstance(outcome, Instance)
         return may_ask_again
 
     def _anew(self, vm: VM, date: float) -> None:
-        """Nothing was started under its token, or nothing that lives: the next try is another launch."""
+        """Nothing was started under its token: the next try is another launch."""
         vm.token, vm.zone, vm.batch, vm.retry_at = "", "", (), date
 
     def _pause(self, vm: VM) -> float:
         """Seconds until the next try; the same for a batch, different for others."""
         spread = random.Random(f"{vm.token} {vm.launch_attempt}").uniform(0.5, 1.0)
         return min(_BACKOFF, 2.0 ** (vm.launch_attempt + 1)) * spread
-
-
-def _is_of_gang(vm: VM) -> bool:
-    """Whether others are of no use without it."""
-    return vm.nodes > 1 or vm.leader is not None

@@ -45,7 +45,7 @@ class Machines:
     def move(self, vm: VM, state: VMState) -> None:
         """Gives `vm` another state."""
         self._in[vm.state].pop(vm.name, None)
-        self.alive -= state == VMState.GONE != vm.state
+        self.alive += (state != VMState.GONE) - (vm.state != VMState.GONE)
         vm.state = state
         self._in[state][vm.name] = vm
         self.note(vm)

@@ -192,10 +192,13 @@ class Planner:
             return self._billing.minimum - vm.uptime(now)
         return self._billing.retires_in(vm.uptime(now), idle_for, self._boot_time())
 
-    def place(self, waiting: Sequence[Task], now: float, room: int, refusal: str) -> Plan:
+    def place(
+        self, waiting: Sequence[Task], now: float, room: int, refusal: str, alive: int
+    ) -> Plan:
         """Gives every waiting task to a VM, as its strategy says. `room`: how many VMs may be started;
-        `refusal`: why none can be, if that is for good."""
-        round_ = _Round(now, room, refusal)
+        `refusal`: why none can be, if that is for good; `alive`: how many there are, those that leave
+        included: their ends may make room within a quota."""
+        round_ = _Round(now, room, refusal, alive)
         waiting = [*self._withdrawn(now), *waiting]
         for task in waiting:
             task.need = task.asked or task.need
@@ -226,12 +229,8 @@ class Planner:
         found: list[Task] = []
         for pool in self._pools.values():
             if pool.backlog and not self._is_open(pool, now):
-                tasks = pool.backlog.clear()
-                movable = {id(task) for task in tasks if self._offer_for(task, now)}
-                for task in tasks:
-                    if id(task) not in movable:
-                        pool.backlog.add(task)
-                found += [task for task in tasks if id(task) in movable]
+                movable = [task for task in pool.backlog if self._offer_for(task, now)]
+                found += [pool.backlog.take(task) for task in movable]
         return found
 
     def _is_open(self, pool: Pool, now: float) -> bool:
@@ -243,10 +242,16 @@ class Planner:
         if self._offers.fits_none(task.need):
             reason = too_big(f"rule {task.rule}", task.need, self._offers.allowed(task.need))
             plan.failed.append((task, reason))
-        elif refusal := round_.refusal or (self._offers.quota if not self._pool_of else ""):
+        elif refusal := self._refusal_of(task, round_):
             plan.failed.append((task, f"no VM can be started: {refusal}"))
         else:
             plan.left.append(task)
+
+    def _refusal_of(self, task: Task, round_: _Round) -> str:
+        """Why there will be no VM for `task`; empty: there may be one."""
+        if round_.refusal or round_.alive:
+            return round_.refusal
+        return self._offers.quota_of(task.need, task.spot)
 
     # -- the order of the tasks
 
@@ -354,9 +359,12 @@ class Planner:
     def _give_up(self, pool: Pool, round_: _Round) -> None:
         """There is no VM and none can be started: for good, or for now."""
         pool.is_starved = True
-        if round_.refusal:
-            reason = f"no VM can be started: {round_.refusal}"
-            round_.plan.failed += [(task, reason) for task in pool.backlog.clear()]
+        if round_.alive and not round_.refusal:
+            return
+        for task in list(pool.backlog):
+            if reason := self._refusal_of(task, round_):
+                pool.backlog.take(task)
+                round_.plan.failed.append((task, f"no VM can be started: {reason}"))
 
     def _help_others(self, pool: Pool, round_: _Round) -> None:
         """Idle VMs of a pool in which nothing waits take what others cannot start VMs for."""
@@ -365,8 +373,12 @@ class Planner:
             if other.is_starved and other.backlog and _may_help(pool, other):
                 for vm in idle:
                     task = other.backlog.longest(vm) if vm.is_unused else None
-                    if task is not None and self._offers.fits(pool.kind, task.need):
+                    if task is not None and self._may_take(pool, task):
                         self._assign(other.backlog.take(task), vm, pool, round_)
+
+    def _may_take(self, pool: Pool, task: Task) -> bool:
+        """Whether the VMs of `pool` are of a kind, and of a market, for `task`."""
+        return _may_use(task, pool.market) and self._offers.fits(pool.kind, task.need)
 
     def _feed(self, pool: Pool, round_: _Round) -> None:
         """Every VM with room is asked for; one that got nothing is asked for again when the plan or
@@ -441,9 +453,9 @@ class Planner:
 
     def _living_pool(self, task: Task) -> Pool | None:
         """One with VMs that can take `task`, where none can be started for it."""
-        for (name, _, market, nodes), pool in self._pools.items():
-            same = name == task.strategy and nodes == task.need.nodes and _may_use(task, market)
-            if same and len(pool.fleet) and self._offers.fits(pool.kind, task.need):
+        for (name, _, _, nodes), pool in self._pools.items():
+            same = name == task.strategy and nodes == task.need.nodes
+            if same and len(pool.fleet) and self._may_take(pool, task):
                 return pool
         return None
 
@@ -488,6 +500,7 @@ class _Round:
     now: float
     room: int
     refusal: str
+    alive: int
     plan: Plan = field(default_factory=Plan)
 
 

@@ -50,6 +50,9 @@ class Backlog:
     def __len__(self) -> int:
         return self._size
 
+    def __iter__(self) -> Iterator[Task]:
+        return (entry[2] for entries in self._rules.values() for entry in entries)
+
     @property
     def arrived(self) -> int:
         """How many tasks ever came."""
@@ -80,7 +83,7 @@ class Backlog:
         return task
 
     def clear(self) -> list[Task]:
-        tasks = [entry[2] for entries in self._rules.values() for entry in entries]
+        tasks = list(self)
         self._rules.clear()
         self._needs.clear()
         self._slots = None

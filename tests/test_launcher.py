@@ -10,7 +10,7 @@ from rig import BIG, SMALL, Rig
 
 from snakemake_executor_plugin_schlouder.launcher import BATCH, Limits
 from snakemake_executor_plugin_schlouder.market.tariff import Tariff
-from snakemake_executor_plugin_schlouder.model import ON_DEMAND, Need, TaskState
+from snakemake_executor_plugin_schlouder.model import ON_DEMAND, ONLY, Need, TaskState, VMState
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     LaunchOutcome,
@@ -77,6 +77,21 @@ def test_where_a_type_is_not_to_be_had_the_next_one_is_taken(tmp_path: Path, str
     assert rig.states() == [TaskState.COMPLETE] * 4
 
 
+def test_a_batch_has_one_token_though_some_were_asked_for_before(tmp_path: Path) -> None:
+    """Every token is a launch of the whole batch."""
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, zones=ZONES)
+    calls = calls_of(rig)
+    rig.cloud.out = {(SMALL.name, "a", ON_DEMAND)}
+    rig.give(2)
+    rig.tick()
+    rig.give(2)
+    rig.tick()
+    refused, again = calls
+    assert {len(request.batch) for request in again} == {4}
+    assert len({request.token for request in again}) == 1
+    assert {request.token for request in again}.isdisjoint(r.token for r in refused)
+
+
 def test_a_run_waits_for_capacity_and_asks_with_one_machine(tmp_path: Path) -> None:
     rig = Rig(tmp_path, types=(SMALL,), zones={SMALL.name: ("a",)})
     calls = calls_of(rig)
@@ -130,6 +145,171 @@ def test_a_quota_that_leaves_no_machine_at_all_ends_the_tasks(tmp_path: Path) ->
     rig.give(1)
     rig.run(5)
     assert "VcpuLimitExceeded" in next(iter(rig.ended.values())).reason
+
+
+class Quota:
+    """Refuses whole launches that are beyond `cpus`, as EC2 does (MaxCount above the quota)."""
+
+    def __init__(self, rig: Rig, cpus: int) -> None:
+        self.rig, self.cpus = rig, cpus
+        self.launch = rig.cloud.launch
+        rig.cloud.launch = self.launched  # type: ignore[method-assign]
+
+    def launched(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        outcomes: dict[str, LaunchOutcome] = {}
+        for token in dict.fromkeys(request.token for request in requests):
+            batch = [request for request in requests if request.token == token]
+            machines = self.rig.world.machines.values()
+            used = sum(m.cpus for m in machines if m.instance.state != "terminated")
+            if used + sum(request.type.cpus for request in batch) > self.cpus:
+                found: list[LaunchOutcome] = [QuotaReached("VcpuLimitExceeded")] * len(batch)
+            else:
+                found = self.launch(batch)
+            outcomes |= dict(zip((request.node for request in batch), found, strict=True))
+        return [outcomes[request.node] for request in requests]
+
+
+@pytest.mark.parametrize("strategy", ["one-vm-per-job", "fastest"])
+def test_of_a_batch_beyond_the_quota_as_many_are_started_as_it_allows(
+    tmp_path: Path, strategy: str
+) -> None:
+    rig = Rig(tmp_path, types=(SMALL,))
+    Quota(rig, cpus=7)
+    rig.give(12, strategy, seconds=300, need=Need(2, 1000))
+    rig.run(30)
+    assert len(rig.world.alive()) == 3
+    rig.run(2000)
+    assert rig.states() == [TaskState.COMPLETE] * 12
+
+
+@pytest.mark.parametrize("strategy", ["asap", "fastest", "cheapest"])
+def test_a_gang_beyond_the_quota_fails_and_is_not_started_over_and_over(
+    tmp_path: Path, strategy: str
+) -> None:
+    rig = Rig(tmp_path, types=(SMALL,))
+    Quota(rig, cpus=5)
+    rig.give(2, strategy, need=Need(2, 1000, nodes=3))
+    rig.run(60)
+    assert rig.states() == [TaskState.FAILED] * 2
+    assert all("VcpuLimitExceeded" in task.reason for task in rig.ended.values())
+    assert len(rig.cloud.launched) == 2
+
+
+def test_the_quota_of_spot_machines_fails_no_task_that_wants_none(tmp_path: Path) -> None:
+    """What it waits for is capacity, and that returns."""
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF)
+    rig.cloud.refusals = [QuotaReached("MaxSpotInstanceCountExceeded")]
+    rig.give(1, spot=ONLY)
+    rig.run(5)
+    assert rig.states() == [TaskState.FAILED]
+    rig.cloud.out = {(SMALL.name, "", ON_DEMAND)}
+    rig.give(1)
+    rig.run(30)
+    assert len(rig.ended) == 1
+    rig.cloud.out.clear()
+    rig.run(300)
+    assert rig.states() == [TaskState.FAILED, TaskState.COMPLETE]
+
+
+def test_while_a_machine_ends_a_quota_may_still_make_room(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,))
+    rig.world.end_time = 30.0
+    Quota(rig, cpus=2)
+    rig.give(1, "one-vm-per-job", seconds=60)
+    rig.run(80)
+    assert [vm.state for vm in rig.broker.vms()] == [VMState.TERMINATING]
+    rig.give(1, "asap")
+    rig.run(100)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+
+
+def lose_replies(rig: Rig, count: int) -> None:
+    """Of the next launches: the machines are started, and nobody is told."""
+    launch, left = rig.cloud.launch, iter(range(count))
+
+    def lose(requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
+        outcomes = launch(requests)
+        if next(left, None) is not None:
+            return [CloudUnavailable("connection lost")] * len(requests)
+        return outcomes
+
+    rig.cloud.launch = lose  # type: ignore[method-assign]
+
+
+def hide_machines(rig: Rig, seconds: float) -> None:
+    """Describe shows none of them for so long."""
+    listed, shown = rig.cloud.instances, rig.world.now + seconds
+    rig.cloud.instances = lambda run: listed(run) if rig.world.now >= shown else []  # type: ignore[method-assign]
+
+
+def test_machines_whose_launch_was_not_answered_count_as_booting(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, limits=Limits(max_booting=2))
+    lose_replies(rig, 1)
+    hide_machines(rig, 20)
+    rig.give(6, seconds=100)
+    most = 0
+    for _ in range(120):
+        rig.run(1)
+        most = max(most, sum(not machine.joined for machine in rig.world.machines.values()))
+    assert most == 2
+    assert len(rig.world.machines) == 6
+
+
+def test_machines_whose_launch_was_not_answered_count_as_spent(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, types=(SMALL,), tariff=TARIFF, limits=Limits(max_spend=0.35))
+    lose_replies(rig, 1)
+    hide_machines(rig, 100)
+    rig.give(2, seconds=3600, planned=3600.0, need=Need(2, 1000))
+    rig.tick()
+    rig.give(4, seconds=3600, planned=3600.0, need=Need(2, 1000))
+    rig.run(30)
+    assert len(rig.world.machines) == 3
+
+
+def test_a_gang_is_complete_though_fewer_may_boot_at_a_time(tmp_path: Path) -> None:
+    """Its leader, which is up and waits for the others, keeps nobody from booting."""
+    rig = Rig(tmp_path, limits=Limits(max_booting=1))
+    rig.give(1, need=Need(1, 1000, nodes=3))
+    rig.run(100)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_a_machine_that_came_for_a_vm_given_up_is_found_and_booked(tmp_path: Path) -> None:
+    """Though no other VM is there to be looked at."""
+    rig = Rig(tmp_path)
+    lose_replies(rig, 1)
+    hide_machines(rig, 10)
+    rig.give(1)
+    rig.tick()
+    rig.broker.stop()
+    rig.run(30)
+    assert rig.world.alive() == []
+    assert [vm.instance_id for vm in rig.journal.vms("r1")] == ["i-0000"]
+
+
+def test_a_machine_that_died_before_its_launch_was_answered_is_booked(tmp_path: Path) -> None:
+    """Its VM has no second machine: one row of the books is one machine."""
+    rig = Rig(tmp_path)
+    lose_replies(rig, 1)
+    rig.give(1)
+    rig.tick()
+    rig.world.kill_machine("schlouder-r1-1", "Server.InternalError: hardware")
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+    booked = {vm.name: vm.instance_id for vm in rig.journal.vms("r1")}
+    assert booked == {"schlouder-r1-1": "i-0000", "schlouder-r1-2": "i-0001"}
+
+
+def test_a_launch_that_describe_does_not_show_yet_is_waited_for_at_the_end(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    lose_replies(rig, 1)
+    rig.give(1)
+    rig.tick()
+    hide_machines(rig, 5)
+    rig.broker.release()
+    rig.world.pass_time(60)
+    assert rig.world.alive() == []
+    assert [vm.instance_id for vm in rig.journal.vms("r1")] == ["i-0000"]
 
 
 def test_no_more_machines_boot_at_a_time_than_allowed(tmp_path: Path) -> None:

@@ -41,3 +41,12 @@ def test_a_vm_that_got_work_is_not_due() -> None:
     machines.retire_at(vm, 60.0)
     machines.move(vm, VMState.DRAINING)
     assert machines.next_retirement() == math.inf
+
+
+def test_a_vm_that_comes_back_is_counted_again() -> None:
+    """As one does whose machine came after it had been given up."""
+    machines, vm = Machines(), VM("a", "s", InstanceType("one", 1, 4096), 0.0)
+    machines.add(vm)
+    for state, alive in ((VMState.GONE, 0), (VMState.TERMINATING, 1), (VMState.GONE, 0)):
+        machines.move(vm, state)
+        assert machines.alive == alive

@@ -130,10 +130,12 @@ def test_a_quota_keeps_out_machines_of_as_many_cpus_until_one_has_ended() -> Non
     there.quota_reached(GPU, ON_DEMAND, "Running On-Demand G instances: 8 vCPUs")
     assert chosen(there, Need(4, 1000), 4) == ""
     assert chosen(there, Need(1, 1000)) == "c.large on-demand"
-    assert "G instances" in there.quota
+    assert "G instances" in there.quota_of(Need(4, 1000), NEVER)
+    assert there.quota_of(Need(1, 1000), NEVER) == ""
+    assert there.quota_of(Need(4, 1000), PREFER) == "", "spot machines have a quota of their own"
     there.machine_ended(ON_DEMAND)
     assert chosen(there, Need(4, 1000), 4) == "c.4xlarge on-demand"
-    assert there.quota == ""
+    assert there.quota_of(Need(4, 1000), NEVER) == ""
 
 
 @given(values.integers(1, 16), values.integers(1, 30000), values.integers(1, 200))

@@ -81,6 +81,31 @@ def test_tasks_of_different_markets_do_not_share_machines(rig: Rig) -> None:
     assert [market[task.vm or ""] for task in tasks] == [ON_DEMAND] * 2 + [SPOT] * 2
 
 
+def test_an_idle_machine_on_demand_takes_nothing_that_wants_spot_machines_only(rig: Rig) -> None:
+    rig.give(1, "fastest", seconds=30)
+    rig.run(20)
+    rig.cloud.out = {(SMALL.name, zone, SPOT) for zone in "ab"}
+    (task,) = rig.give(1, "fastest", spot=ONLY)
+    rig.run(100)
+    assert task.vm is None or task.state == TaskState.PENDING
+    rig.cloud.out.clear()
+    rig.run(400)
+    market = {vm.name: vm.market for vm in rig.broker.vms()}
+    assert task.state == TaskState.COMPLETE
+    assert market[task.vm or ""] == SPOT
+
+
+def test_of_a_gang_only_the_machine_that_was_taken_is_free(rig: Rig) -> None:
+    rig.give(1, seconds=500, planned=500.0, spot=ONLY, need=Need(1, 1000, nodes=2))
+    rig.run(30)
+    rig.world.kill_machine("schlouder-r1-2", "Server.SpotInstanceTermination: taken")
+    rig.run(30)
+    bills = account(rig.journal.vms("r1"), rig.journal.tasks("r1"), Billing(), rig.world.now).bills
+    units = {bill.name: bill.units for bill in bills}
+    assert units["schlouder-r1-2"] == 0
+    assert units["schlouder-r1-1"] >= 60
+
+
 def test_what_ends_before_the_reclaim_is_let_end(rig: Rig) -> None:
     (task,) = rig.give(1, seconds=60, planned=60.0, spot=ONLY)
     rig.run(20)
@@ -132,6 +157,16 @@ def test_a_machine_that_ec2_forgets_to_take_is_given_back(rig: Rig) -> None:
     assert node in rig.world.alive()
     rig.run(100)
     assert node not in rig.world.alive()
+
+
+@pytest.mark.parametrize("node", ["schlouder-r1-1", "schlouder-r1-2"])
+def test_a_gang_goes_on_though_ec2_forgets_to_take_one_of_it(rig: Rig, node: str) -> None:
+    rig.give(1, seconds=500, planned=500.0, spot=ONLY, need=Need(1, 1000, nodes=2))
+    rig.run(30)
+    notice(rig, node, 120)
+    rig.run(1500)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert rig.world.alive() == []
 
 
 def test_a_machine_taken_without_notice_costs_no_retry(rig: Rig) -> None:

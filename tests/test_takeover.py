@@ -18,7 +18,16 @@ from rig import BIG, SMALL, Rig
 from snakemake_executor_plugin_schlouder import reattach
 from snakemake_executor_plugin_schlouder.bundles import Bundles
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, birth_of
-from snakemake_executor_plugin_schlouder.model import Need, Task, TaskState, VMState
+from snakemake_executor_plugin_schlouder.market.tariff import Tariff
+from snakemake_executor_plugin_schlouder.model import (
+    ON_DEMAND,
+    PREFER,
+    SPOT,
+    Need,
+    Task,
+    TaskState,
+    VMState,
+)
 from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.slurm import ClusterView, JobStatus
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
@@ -466,6 +475,40 @@ def test_a_launch_without_a_reply_leaves_no_node(tmp_path: Path) -> None:
     rig.world.pass_time(10)
     assert rig.world.nodes == {}
     assert rig.world.alive() == []
+
+
+def test_a_launch_without_a_reply_counts_towards_the_cap_though_nobody_needs_it(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path, max_vms=1)
+    rig.give(1, identity="t")
+    assert killed_at(rig, 5), "after the launch, before its reply is in the journal"
+    listed, shown = rig.cloud.instances, rig.world.now + 20
+    rig.cloud.instances = lambda run: listed(run) if rig.world.now >= shown else []  # type: ignore[method-assign]
+    restart(rig)
+    rig.run(2)
+    (task,) = rig.give(1, "asap")
+    rig.run(100)
+    assert rig.ended[task.key].state == TaskState.COMPLETE
+    assert rig.most_alive == 1
+
+
+def test_what_has_lost_too_many_spot_machines_goes_on_without_them(tmp_path: Path) -> None:
+    tariff = Tariff({SMALL.name: 0.1}, {(SMALL.name, ""): 0.03}, "a table")
+    rig = Rig(tmp_path, types=(SMALL,), tariff=tariff, reclaims=1)
+    rig.cloud.allow_kill = True
+    (task,) = rig.give(1, identity="t", seconds=300, spot=PREFER)
+    rig.run(30)
+    rig.world.kill_machine("schlouder-r1-1")
+    rig.run(60)
+    restart(rig, [task])
+    again = rig.new_task(identity="t", command=task.command, spot=PREFER)
+    live = rig.broker.claim(again, 0.0, is_made=False)
+    assert live is not None
+    rig.world.kill_machine("schlouder-r1-2", "Server.InternalError: hardware")
+    rig.run(400)
+    assert rig.ended[live.key].state == TaskState.COMPLETE
+    assert [request.market for request in rig.cloud.launched] == [SPOT, ON_DEMAND, ON_DEMAND]
 
 
 def test_the_turns_of_a_bundle_are_not_the_order_in_which_its_tasks_came() -> None:

@@ -117,11 +117,12 @@ class Offers:
     def _on_markets(self, kinds: Sequence[InstanceType], spot: str, now: float) -> list[Offer]:
         """Offers that are open; who only prefers spot machines gets none that costs more than the other."""
         found = []
+        markets = _markets(spot)
         for kind in kinds:
             normal = self.price(kind, ON_DEMAND)
-            if spot != ONLY and self.zones(kind, ON_DEMAND, now):
+            if ON_DEMAND in markets and self.zones(kind, ON_DEMAND, now):
                 found.append(Offer(kind, ON_DEMAND, normal))
-            if spot != NEVER and (zones := self.zones(kind, SPOT, now)):
+            if SPOT in markets and (zones := self.zones(kind, SPOT, now)):
                 price = self.price(kind, SPOT, zones[0])
                 found.append(Offer(kind, SPOT, price))
         return _preferring_spot(found) if spot == PREFER else found
@@ -185,10 +186,16 @@ class Offers:
         if self._quota.pop(market, None) is not None:
             self._chosen.clear()
 
-    @property
-    def quota(self) -> str:
-        """What the cloud said of a quota that is reached; empty: of none."""
-        return next((why for _, why in self._quota.values()), "")
+    def quota_of(self, need: Need, spot: str) -> str:
+        """What the cloud said of the quota that keeps a task like this from any machine; empty: there is one
+        that no quota keeps it from, to be had now or later."""
+        why = ""
+        for kind in self._kinds:
+            for market in _markets(spot) if self.fits(kind, need) else ():
+                cpus, why = self._quota.get(market, (math.inf, ""))
+                if kind.cpus < cpus:
+                    return ""
+        return why
 
     def next_opening(self, now: float) -> float:
         """When the first of the closed pools may be asked again; infinite: none is closed."""
@@ -250,6 +257,11 @@ def slots_of(kind: InstanceType, need: Need) -> int:
     if on.gpus:
         rooms.append(kind.gpus // on.gpus)
     return max(1, min(rooms))
+
+
+def _markets(spot: str) -> tuple[str, ...]:
+    """Those on which a task may have a machine that says this of spot machines."""
+    return {NEVER: (ON_DEMAND,), ONLY: (SPOT,)}.get(spot, (ON_DEMAND, SPOT))
 
 
 def _preferring_spot(offers: list[Offer]) -> list[Offer]:
