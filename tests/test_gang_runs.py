@@ -73,7 +73,7 @@ def test_an_mpi_job_runs_its_ranks_on_two_vms_beside_other_jobs(site: Site, api:
         hosts
     )
     told = re.search(
-        r"(schlouder-\w+-\d+) \([^)]*\)[^[]*\[[^]]*companion of (\S+)\]",
+        r"(schlouder-\w+-\d+) \([^)]*\)[^[]*\[[^]]*companion of ([\w-]+)",
         " ".join(done.stdout.split()),
     )
     assert told is not None and set(told.groups()) == set(hosts), done.stdout
@@ -90,7 +90,7 @@ def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed:
         first = sorted(set(seen.read_text().split()))
         (site.directory / "go").touch()
         lost = first[killed == "companion"]
-        site.ec2().terminate_instances(InstanceIds=[_instance(site, lost)])
+        site.ec2().terminate_instances(InstanceIds=[site.instance_of(lost)])
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -110,7 +110,7 @@ def test_ranks_that_fail_because_a_vm_was_lost_are_run_again(site: Site) -> None
     try:
         wait_for((site.directory / "begun").exists, lambda: "the job has not begun")
         other = (site.directory / "begun").read_text().split()[0]
-        site.ec2().terminate_instances(InstanceIds=[_instance(site, other)])
+        site.ec2().terminate_instances(InstanceIds=[site.instance_of(other)])
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -127,10 +127,3 @@ def test_a_group_with_a_job_over_several_vms_is_refused(site: Site) -> None:
     assert "nodes: 2 is not allowed; a job over several VMs cannot be in a group" in done.stdout
     assert "Traceback" not in done.stdout
     assert len(site.instances()) == before
-
-
-def _instance(site: Site, node: str) -> str:
-    found = site.ec2().describe_instances(
-        Filters=[{"Name": "tag:schlouder:node", "Values": [node]}]
-    )
-    return str(found["Reservations"][0]["Instances"][0]["InstanceId"])

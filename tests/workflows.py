@@ -96,6 +96,17 @@ class Site:
             for instance in reservation["Instances"]
         ]
 
+    def instance_of(self, node: str) -> str:
+        """The newest machine of a node: the tag of machines started together names them all."""
+        found = [
+            instance
+            for instance in self.instances()
+            for tag in instance.get("Tags", [])
+            if tag["Key"] == "schlouder:node"
+            and tag["Value"].split()[instance["AmiLaunchIndex"]] == node
+        ]
+        return str(max(found, key=lambda instance: instance["LaunchTime"])["InstanceId"])
+
     def alive(self) -> list[str]:
         return [i["InstanceId"] for i in self.instances() if i["State"]["Name"] != "terminated"]
 
