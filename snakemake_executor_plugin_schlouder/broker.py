@@ -1368,6 +1368,8 @@ class Broker:
 
     def _give_up_submitted(self) -> None:
         for task in self._submitted.values():
+            if task.started is None and self._begun(self._config.exit_file(task)):
+                task.started = self._now
             self._end(task, TaskState.CANCELLED, "the run was ended")
         self._submitted.clear()
         for vm in self._machines:

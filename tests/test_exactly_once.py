@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from workflows import Site, slurmctld, stopped, wait_for
+from workflows import Site, node_of, slurmctld, stopped, wait_for
 
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
 from snakemake_executor_plugin_schlouder.ec2.joining import Join
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
-from snakemake_executor_plugin_schlouder.provision import TAG_NODE, connect
+from snakemake_executor_plugin_schlouder.provision import connect
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
 pytestmark = pytest.mark.integration
@@ -205,10 +205,5 @@ def nodes_of(site: Site) -> set[str]:
 def vms_of(site: Site) -> dict[str, str]:
     """Instance -> node of every VM that runs which have nodes in common with `site`'s jobs ever had."""
     runs = {node.rpartition("-")[0] for node in nodes_of(site)}
-    names = {
-        instance["InstanceId"]: tag["Value"]
-        for instance in site.instances()
-        for tag in instance.get("Tags", [])
-        if tag["Key"] == TAG_NODE
-    }
+    names = {str(instance["InstanceId"]): node_of(instance) for instance in site.instances()}
     return {key: name for key, name in names.items() if name.rpartition("-")[0] in runs}

@@ -117,7 +117,9 @@ def test_an_attempt_with_other_parameters_is_ended_before_the_new_one_begins(sit
     started = time.monotonic()
     restart(site)
     assert time.monotonic() - started < 60, "nobody waits for what is not wanted any more"
-    assert sorted(runs(site)) == [1] * (JOBS - begun) + [2] * begun
+    twice = runs(site).count(2)
+    assert begun <= twice, "what Slurm had may still begin after the count"
+    assert sorted(runs(site)) == [1] * (JOBS - twice) + [2] * twice
     assert all(file.read_text() == "begun\ndone\n" for file in files(site, "out/*"))
 
 

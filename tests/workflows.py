@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
+from snakemake_executor_plugin_schlouder.provision import TAG_NODE
 
 PATIENCE = 60.0
 
@@ -97,14 +98,8 @@ class Site:
         ]
 
     def instance_of(self, node: str) -> str:
-        """The newest machine of a node: the tag of machines started together names them all."""
-        found = [
-            instance
-            for instance in self.instances()
-            for tag in instance.get("Tags", [])
-            if tag["Key"] == "schlouder:node"
-            and tag["Value"].split()[instance["AmiLaunchIndex"]] == node
-        ]
+        """The newest machine of a node."""
+        found = [instance for instance in self.instances() if node_of(instance) == node]
         return str(max(found, key=lambda instance: instance["LaunchTime"])["InstanceId"])
 
     def alive(self) -> list[str]:
@@ -148,6 +143,13 @@ class Site:
     def assert_nothing_left(self) -> None:
         """Within the seconds a machine takes to end."""
         wait_for(lambda: not self.remains(), lambda: f"left behind: {self.remains()}", seconds=15)
+
+
+def node_of(instance: Mapping[str, Any]) -> str:
+    """The tag of machines that were started together names them all; empty: it is no VM of a run."""
+    tags = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+    names = str(tags.get(TAG_NODE, "")).split()
+    return names[instance["AmiLaunchIndex"]] if names else ""
 
 
 def vm_processes(cloud: LocalCloud) -> list[str]:
