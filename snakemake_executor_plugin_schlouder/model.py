@@ -111,6 +111,15 @@ class Need:
     nodes: int = 1
     types: str = ""
 
+    def __hash__(self) -> int:
+        """Needs are counted and looked up for every task, several times."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        size = self.cpus, self.memory, self.gpus, self.nodes
+        return hash((size, self.gpu_model, self.constraint, self.types))
+
     @property
     def features(self) -> tuple[str, ...]:
         """The features its constraint names."""

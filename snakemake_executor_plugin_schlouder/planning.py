@@ -483,6 +483,9 @@ class Planner:
     def _offer_for(self, task: Task, now: float) -> Offer | None:
         """The cheapest one for tasks like this; for a one-type strategy, one for everything known to use
         it, else as if there were only this task. None: there is none now."""
+        only = self._offers.only(task.need, task.spot)
+        if only is not None:
+            return only
         strategy = self.strategy(task.strategy)
         if strategy.one_type:
             needs = [task.need, *self._expected.get(task.strategy, set())]

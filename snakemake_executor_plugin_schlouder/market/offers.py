@@ -6,6 +6,7 @@ no I/O, and the time is told.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -76,6 +77,17 @@ class Offers:
         return self._tariff.price(kind.name, market, zone)
 
     # -- which one
+
+    @functools.cached_property
+    def _only(self) -> Offer | None:
+        if len(self._kinds) != 1:
+            return None
+        return Offer(self._kinds[0], ON_DEMAND, self.price(self._kinds[0], ON_DEMAND))
+
+    def only(self, need: Need, spot: str) -> Offer | None:
+        """The one offer there is for a task like this, if there is but one and it is to be had."""
+        only = None if spot != NEVER or self._closed or self._quota else self._only
+        return only if only is not None and self.fits(only.kind, need) else None
 
     def choose(self, demand: Demand, now: float) -> Offer | None:
         """The offer under which a task like these costs least; of equal ones the largest machine that they
