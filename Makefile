@@ -11,7 +11,7 @@ demo: $(READY)
 	@tools/demo "$(SPECTRA)" "$(DATABASE)" "$(CHUNKS)"
 
 test: $(READY) lint types
-	@tools/as-root $(PYTHON) -m pytest -n 2 --dist loadfile
+	@tools/as-root $(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,12 @@ from snakemake_executor_plugin_schlouder.localcloud import (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that wait for Slurm come first, so that the quick ones fill what is left of the workers' time."""
+    slow = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     """A running embedded cloud whose VMs boot without delay and share pytest's temporary directories."""
