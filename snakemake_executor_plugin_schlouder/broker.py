@@ -29,6 +29,7 @@ from .market.offers import Offer, Offers
 from .market.tariff import Tariff
 from .model import (
     BOOTING,
+    FREE_WHEN_TAKEN,
     NEVER,
     ONLY,
     PREFER,
@@ -668,8 +669,7 @@ class Broker:
 
     def _reclaimed(self, vm: VM, end: float) -> None:
         """EC2 takes a spot machine back at `end`, of which the machine itself has told Slurm. What runs there
-        and will not be done by then is run elsewhere at once. The machine is left to EC2, which charges
-        nothing for one that it takes back in its first hour."""
+        and will not be done by then is run elsewhere at once."""
         vm.reason, vm.leaves_by = "EC2 takes the spot machine back", end
         self._log.info(
             f"{self._name(vm)}: {vm.reason} at {time.strftime('%X', time.localtime(end))}."
@@ -1065,7 +1065,7 @@ class Broker:
 
     def _leave(self, vm: VM, node: NodeStatus | None) -> None:
         """A VM that drains goes when no job is left on it; a drain that did not take is repeated."""
-        if vm.leaves_by is not None and self._now < vm.leaves_by + _RECLAIM_PATIENCE:
+        if self._is_left_to_ec2(vm):
             return
         if node is None or node.is_drained:
             self._delete_node(vm)
@@ -1074,6 +1074,12 @@ class Broker:
             self._try_cluster(lambda: self._cluster.drain([vm.name], "schlouder: no work left"))
         else:
             self._warn_of_guest(vm)
+
+    def _is_left_to_ec2(self, vm: VM) -> bool:
+        """Whether EC2 is about to end the machine, and will charge nothing for it then."""
+        if vm.leaves_by is None or vm.uptime(vm.leaves_by) >= FREE_WHEN_TAKEN:
+            return False
+        return self._now < vm.leaves_by + _RECLAIM_PATIENCE
 
     def _forget_node(self, vm: VM) -> None:
         """Not before Slurm has ended what was pinned to it: a later node may get its place in Slurm's

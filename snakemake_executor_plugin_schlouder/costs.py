@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 
 from .journal import TaskRecord, VMRecord
 from .market.tariff import SpotHistory
-from .model import SPOT, Billing
-
-_FREE_WHEN_TAKEN = 3600.0
-"""Seconds within which EC2 charges nothing for a spot machine that it takes back itself (EC2 user guide,
-Billing for interrupted Spot Instances)."""
+from .model import FREE_WHEN_TAKEN, SPOT, Billing
 
 IDLE = "(idle, boots, lost)"
 """What no task that ended has used: the attempts that a lost VM took along, too."""
@@ -95,7 +91,7 @@ def bill_of(vm: VMRecord, used: Sequence[TaskRecord], billing: Billing, now: flo
     is_free = (
         vm.market == SPOT
         and vm.reason.startswith("Server.SpotInstance")
-        and seconds < _FREE_WHEN_TAKEN
+        and seconds < FREE_WHEN_TAKEN
     )
     units = 0 if is_free else max(billing.units(seconds), math.ceil(billing.minimum / billing.unit))
     billed = units * billing.unit

@@ -16,6 +16,10 @@ from fnmatch import fnmatchcase
 ON_DEMAND, SPOT = "on-demand", "spot"
 """The markets EC2 sells machines on."""
 
+FREE_WHEN_TAKEN = 3600.0
+"""Seconds within which EC2 charges nothing for a spot machine that it takes back itself (EC2 user guide,
+Billing for interrupted Spot Instances)."""
+
 NEVER, PREFER, ONLY = "never", "prefer", "only"
 """What a task says of spot machines."""
 

@@ -147,6 +147,18 @@ def test_a_machine_given_notice_gets_no_further_task(rig: Rig) -> None:
     assert rig.states() == [TaskState.COMPLETE] * 6
 
 
+def test_a_machine_that_is_not_free_any_more_is_not_left_to_ec2(rig: Rig) -> None:
+    rig.give(1, seconds=3700, planned=3700.0, spot=ONLY)
+    rig.give(1, seconds=4000, planned=4000.0)
+    rig.run(3600, step=10)
+    node = next(vm.name for vm in rig.broker.vms() if vm.market == SPOT)
+    notice(rig, node, 120)
+    rig.run(60)
+    assert node in rig.world.alive(), "its task may end"
+    rig.run(50)
+    assert node not in rig.world.alive()
+
+
 def test_a_machine_that_ec2_forgets_to_take_is_given_back(rig: Rig) -> None:
     rig.give(1, seconds=100, planned=100.0, spot=ONLY)
     rig.give(1, seconds=1000, planned=1000.0)
