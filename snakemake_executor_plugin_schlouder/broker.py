@@ -699,7 +699,7 @@ class Broker:
                 self._lost(vm, f"its gang lost {other.name}: {other.reason}")
             elif vm.is_booting:
                 self._requeue_planned(vm)
-                self._terminate(vm)
+                self._terminate([vm])
             else:
                 self._take_out(vm, f"leaves with {other.name}")
 
@@ -977,7 +977,7 @@ class Broker:
         self._requeue_planned(vm)
         self._recall(list(vm.active.values()))
         self._try_cluster(lambda: self._cluster.fail(vm.name, "schlouder: machine lost"))
-        self._terminate(vm)
+        self._terminate([vm])
 
     def _boot_failed(self, vm: VM, reason: str) -> None:
         console = self._cloud.console(vm.instance_id) if vm.instance_id else ""
@@ -996,20 +996,25 @@ class Broker:
         vm.recount(self._now)
         self._changed(vm)
 
-    def _terminate(self, vm: VM) -> None:
-        """Asks for the machine's end; `_describe` sees when it is done, and asks again if it is not."""
-        self._move(vm, VMState.TERMINATING)
-        self._note(vm, "terminating")
+    def _terminate(self, vms: Sequence[VM]) -> None:
+        """Asks for the machines' end; `_describe` sees when it is done, and asks again if it is not."""
+        for vm in vms:
+            self._move(vm, VMState.TERMINATING)
+            self._note(vm, "terminating")
         self._flush()
-        if vm.instance_id is not None:
+        ids = {vm.instance_id: vm for vm in vms if vm.instance_id is not None}
+        if ids:
             try:
-                self._cloud.terminate([vm.instance_id])
-                vm.ended = self._now
+                self._cloud.terminate(list(ids))
                 self._described = -math.inf
+                for vm in ids.values():
+                    vm.ended = self._now
             except CloudUnavailable as error:
-                self._tell(f"{vm.name} is not ended yet, will ask again: {error}", logging.WARNING)
-        else:
-            self._close(vm)
+                names = ", ".join(vm.name for vm in ids.values())
+                self._tell(f"{names}: not ended yet, will ask again: {error}", logging.WARNING)
+        for vm in vms:
+            if vm.instance_id is None:
+                self._close(vm)
 
     def _close(self, vm: VM) -> None:
         """The machine is gone for certain: nothing of it can write any more."""
@@ -1046,16 +1051,20 @@ class Broker:
 
     def _finish_vms(self, view: ClusterView) -> None:
         """Drained VMs are terminated; records of VMs that are no more are deleted from Slurm."""
+        ending = []
         for vm in self._machines.having(*_LEAVING):
             node = view.nodes.get(vm.name)
             if vm.state == VMState.DRAINING and self._has_nothing_left(vm):
-                self._leave(vm, node)
+                if self._may_end(vm, node):
+                    ending.append(vm)
             elif vm.state == VMState.DRAINING and node is not None and node.state == "down":
                 self._lost(vm, f"Slurm lost the node: {node.reason}")
             elif vm.state == VMState.TERMINATING and self._is_overdue(vm):
-                self._terminate(vm)
+                ending.append(vm)
             elif vm.state == VMState.GONE and (node is not None or not vm.node_deleted):
                 self._forget_node(vm)
+        if ending:
+            self._terminate(ending)
 
     def _has_nothing_left(self, vm: VM) -> bool:
         """Whether no task runs there; those of a leader that was given up wait for the ends of its
@@ -1063,17 +1072,18 @@ class Broker:
         leader = self._gangs.leader(vm)
         return leader.is_unused or leader.state in (VMState.TERMINATING, VMState.GONE)
 
-    def _leave(self, vm: VM, node: NodeStatus | None) -> None:
+    def _may_end(self, vm: VM, node: NodeStatus | None) -> bool:
         """A VM that drains goes when no job is left on it; a drain that did not take is repeated."""
         if self._is_left_to_ec2(vm):
-            return
+            return False
         if node is None or node.is_drained:
             self._delete_node(vm)
-            self._terminate(vm)
-        elif not node.state.startswith("drain"):
+            return True
+        if not node.state.startswith("drain"):
             self._try_cluster(lambda: self._cluster.drain([vm.name], "schlouder: no work left"))
         else:
             self._warn_of_guest(vm)
+        return False
 
     def _is_left_to_ec2(self, vm: VM) -> bool:
         """Whether EC2 is about to end the machine, and will charge nothing for it then."""
@@ -1326,9 +1336,9 @@ class Broker:
         if leaving:
             names = [vm.name for vm in leaving]
             self._try_cluster(lambda: self._cluster.drain(names, "schlouder: no work left"))
-        for vm in self._machines.having(VMState.BOOTING):
-            if not self._is_needed(vm):
-                self._terminate(vm)
+        unneeded = [vm for vm in self._machines.having(VMState.BOOTING) if not self._is_needed(vm)]
+        if unneeded:
+            self._terminate(unneeded)
 
     def _retirable(self) -> list[VM]:
         """The idle VMs that may have to go now: those whose date has come, or all of them when

@@ -757,3 +757,18 @@ def test_what_ec2_did_not_end_goes_on_to_cost(rig: Rig, caplog: pytest.LogCaptur
     (vm,) = rig.broker.vms()
     assert vm.ended is None
     assert "aws ec2 terminate-instances --instance-ids i-0000" in caplog.text
+
+
+def test_machines_that_go_at_the_same_time_are_ended_by_one_call(rig: Rig) -> None:
+    calls: list[list[str]] = []
+    terminate = rig.cloud.terminate
+
+    def spy(instance_ids: Sequence[str]) -> None:
+        calls.append(list(instance_ids))
+        terminate(instance_ids)
+
+    rig.cloud.terminate = spy  # type: ignore[method-assign]
+    rig.give(6, seconds=30)
+    rig.run(200)
+    assert rig.states() == [TaskState.COMPLETE] * 6
+    assert [len(call) for call in calls] == [6]
