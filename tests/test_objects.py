@@ -59,7 +59,7 @@ class Bench:
         )
 
     def exit_file(self, number: int = 1) -> str:
-        return f"/work/.snakemake/schlouder/0123abcd/{number}-rule.1.exit"
+        return f"/data/run/.snakemake/schlouder/0123abcd/{number}-rule.1.exit"
 
     def put(self, number: int, ending: str) -> None:
         key = f"{self.storage.prefix}.schlouder/0123abcd/{number}-rule.1.exit{ending}"
