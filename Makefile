@@ -5,13 +5,16 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PEER := build/slurm-plugin
 
-.PHONY: demo test lint types bench acceptance faults clean
+.PHONY: demo test thorough lint types bench acceptance faults clean
 
 demo: $(READY)
 	@tools/demo "$(SPECTRA)" "$(DATABASE)" "$(CHUNKS)"
 
 test: $(READY) lint types
-	@tools/as-root $(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@tools/as-root $(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not thorough"
+
+thorough: $(READY)
+	@tools/as-root $(PYTHON) -m pytest -m thorough
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -121,6 +121,7 @@ def test_what_slurm_forgot_before_anybody_looked_counts_as_it_ended(site: Site) 
     assert not (site.directory / "sacct-was-asked").exists()
 
 
+@pytest.mark.thorough
 def test_half_a_minute_without_slurm_and_ec2_loses_and_repeats_nothing(site: Site) -> None:
     """slurmctld has ended, and what would start it again is stopped, the EC2 endpoint with it."""
     site.write(THREE_JOBS)

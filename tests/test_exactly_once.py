@@ -135,6 +135,7 @@ class Gone:
         return not Path(f"/proc/{self.pid}").exists()
 
 
+@pytest.mark.thorough
 def test_a_thousand_jobs_that_are_submitted_while_slurmctld_restarts_and_is_silent(
     site: Site, broker: Broker
 ) -> None:

@@ -80,6 +80,7 @@ def test_an_mpi_job_runs_its_ranks_on_two_vms_beside_other_jobs(site: Site, api:
     assert len(re.findall(r"complete +mpi", done.stdout)) == 2, "shown on both VMs"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("killed", ["leader", "companion"])
 def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed: str) -> None:
     site.write(PATIENT)
@@ -103,6 +104,7 @@ def test_an_mpi_job_that_loses_a_vm_runs_again_on_two_others(site: Site, killed:
     assert re.search(rf"VM \S+ \({other}\) is given up: its gang lost {lost}: ", output), output
 
 
+@pytest.mark.thorough
 def test_ranks_that_fail_because_a_vm_was_lost_are_run_again(site: Site) -> None:
     """They notice it before Slurm does, and before the next look at EC2."""
     site.write(ATTENTIVE)
