@@ -33,7 +33,7 @@ rule second:
     input: "first.txt"
     output: "second.txt"
     group: "both"
-    shell: "echo begin >>trace; sleep 8; echo end >>trace; touch {output}"
+    shell: "echo begin >>trace; sleep 20; echo end >>trace; touch {output}"
 rule first:
     output: "first.txt"
     group: "both"
