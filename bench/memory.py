@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.rows import Row
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
+from snakemake_executor_plugin_schlouder.lease import Lease
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
 from snakemake_executor_plugin_schlouder.provision import Instance, LaunchOutcome, LaunchRequest
 from snakemake_executor_plugin_schlouder.slurm import (
@@ -160,6 +161,8 @@ class _World:
     def drain(self, nodes: Iterable[str], reason: str) -> None: ...
 
     def fail(self, node: str, reason: str) -> None: ...
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None: ...
 
     def delete(self, node: str) -> bool:
         return True

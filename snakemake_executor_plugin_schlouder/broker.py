@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from . import job_files, order
+from . import job_files, lease, order
 from .bundles import Bundles, slack, take_bundle
 from .gangs import Gangs
 from .journal import Remains
@@ -129,7 +129,8 @@ class BrokerConfig:
     waiting tasks, where their strategy has none of its own. `asks_seldom`: exit-code files tell of ends
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
     job may run, for Slurm, before its script begins. `shares_files`: whether the VMs see `workdir`; if not,
-    exit-code files are only names, and Slurm's output stays on the VM."""
+    exit-code files are only names, and Slurm's output stays on the VM. `lease`: seconds that a VM stays
+    without a word from us."""
 
     run: str
     workdir: Path
@@ -150,6 +151,7 @@ class BrokerConfig:
     reclaims: int = RECLAIMS
     reserved: tuple[str, ...] = ()
     shares_files: bool = True
+    lease: float = lease.DEFAULT
 
     @property
     def job_name(self) -> str:
@@ -263,6 +265,7 @@ class Broker:
         self._described = -math.inf
         self._orphans_until = -math.inf
         self._nodes_seen = -math.inf
+        self._renewed = -math.inf
         self._asked = -math.inf
         self._news = self._now
         self._stuck: dict[str, float] = {}
@@ -391,6 +394,7 @@ class Broker:
                     self._submit_ready()
             if view is not None:
                 self._retire_idle()
+                self._renew_leases()
             self._flush()
             with self._claims:
                 ended, self._ended = self._ended, []
@@ -1358,6 +1362,15 @@ class Broker:
         if left > 0:
             self._machines.retire_at(vm, self._now + left)
         return left <= 0
+
+    def _renew_leases(self) -> None:
+        """Of every VM that has joined; one that just has need not wait, for its first lease is longer."""
+        if self._now - self._renewed < self._config.lease / lease.RENEWALS:
+            return
+        names = [vm.name for vm in self._machines.having(VMState.READY, VMState.DRAINING)]
+        given = lease.Lease(self._config.run, round(self._config.lease), round(self._now))
+        if names and self._try_cluster(lambda: self._cluster.renew(names, given)):
+            self._renewed = self._now
 
     # -- the end of the run
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
 from .launcher import Limits
+from .lease import Lease
 from .market.tariff import Tariff
 from .model import VM, Billing, InstanceType, Need, SchlouderError, SlurmOptions, Task, TaskState
 from .pool import Announcement, Goal
@@ -64,7 +65,7 @@ _ASIDE = ("run", "known", "plan")
 
 _FOR_MANY = (
     *("cloud.launch", "cloud.terminate"),
-    *("cluster.submit", "cluster.drain", "cluster.cancel"),
+    *("cluster.submit", "cluster.drain", "cluster.cancel", "cluster.renew"),
 )
 
 T = TypeVar("T")
@@ -323,6 +324,10 @@ class TapedCluster:
 
     def fail(self, node: str, reason: str) -> None:
         self.tape.call("cluster.fail", node, lambda: _there(self.real).fail(node, reason))
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None:
+        names = list(nodes)
+        self.tape.call("cluster.renew", names, lambda: _there(self.real).renew(names, lease))
 
     def delete(self, node: str) -> bool:
         return self.tape.call("cluster.delete", node, lambda: _there(self.real).delete(node))

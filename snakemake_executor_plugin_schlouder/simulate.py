@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .broker import Broker, BrokerConfig
+from .lease import Lease
 from .market.tariff import Tariff
 from .model import Billing, InstanceType, SchlouderError, Task, TaskState
 from .order import SUBMISSION, checked
@@ -199,6 +200,8 @@ class _World:
             self._changed_nodes[name] = self.nodes[name]
 
     def fail(self, node: str, reason: str) -> None: ...
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None: ...
 
     def delete(self, node: str) -> bool:
         return True

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from snakemake_executor_plugin_schlouder.lease import Lease
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     Instance,
@@ -79,6 +80,7 @@ class World:
     end_time: float = 0.0
     revoked: set[str] = field(default_factory=set)
     displaced: list[SlurmJob] = field(default_factory=list)
+    leases: dict[str, Lease] = field(default_factory=dict)
 
     def clock(self) -> float:
         return self.now
@@ -351,6 +353,10 @@ class FakeSlurm:
             self.world.nodes[node] = "down"
         for job in self.world.running_on(node):
             job.state, job.ended = "NODE_FAIL", self.world.now
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None:
+        self._answer()
+        self.world.leases.update(dict.fromkeys(self.world.nodes.keys() & set(nodes), lease))
 
     def delete(self, node: str) -> bool:
         self._answer()

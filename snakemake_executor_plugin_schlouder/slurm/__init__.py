@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..lease import Lease
 from ..model import SchlouderError, SlurmOptions
 from .states import JobPhase
 
@@ -159,6 +160,10 @@ class Cluster(Protocol):
 
     def fail(self, node: str, reason: str) -> None:
         """The machine is lost: its jobs end now with NODE_FAIL."""
+        ...
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None:
+        """Writes `lease` into the comments of these nodes; one that is unknown is no error."""
         ...
 
     def delete(self, node: str) -> bool:

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from ..lease import Lease, parse
 from . import (
     ClusterInfo,
     ClusterUnavailable,
@@ -133,6 +134,18 @@ def parse_nodes(text: str) -> dict[str, NodeStatus]:
             bare = state.rstrip(_NODE_FLAGS).lower()
             nodes[name] = NodeStatus(name, bare, "*" not in state, reason)
     return nodes
+
+
+def parse_leases(text: str) -> dict[str, Lease]:
+    """`scontrol --oneliner show node`: the leases by node."""
+    found = {}
+    for line in text.splitlines():
+        name = re.match(r"NodeName=(\S+)", line)
+        comment = re.search(r" Comment=(.*)", line)
+        lease = parse(comment[1]) if comment else None
+        if name is not None and lease is not None:
+            found[name[1]] = lease
+    return found
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -353,6 +366,15 @@ class SlurmCommands:
 
     def fail(self, node: str, reason: str) -> None:
         self._update(f"nodename={node}", "state=down", f"reason={reason}")
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None:
+        names = ",".join(nodes)
+        if names:
+            self._update(f"nodename={names}", f"comment={lease.text}")
+
+    def leases(self) -> dict[str, Lease]:
+        """Those in the comments of nodes, by name; nodes without one are left out."""
+        return parse_leases(self._read(["scontrol", "--oneliner", "show", "node"]))
 
     def delete(self, node: str) -> bool:
         done = self._run(["scontrol", "delete", f"nodename={node}"])

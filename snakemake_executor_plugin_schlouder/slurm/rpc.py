@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 
+from ..lease import Lease
 from . import (
     Cluster,
     ClusterInfo,
@@ -321,6 +322,9 @@ class SlurmRpc:
 
     def fail(self, node: str, reason: str) -> None:
         self._commands.fail(node, reason)
+
+    def renew(self, nodes: Iterable[str], lease: Lease) -> None:
+        self._commands.renew(nodes, lease)
 
     def delete(self, node: str) -> bool:
         return self._commands.delete(node)
