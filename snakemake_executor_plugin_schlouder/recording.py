@@ -400,6 +400,7 @@ class RecordedBroker(Broker):
         walltimes: Walltimes | None = None,
     ) -> None:
         self._recorder = recorder
+        self._real_cluster = cluster
         self._asked_to_stop = False
         boots, walltimes = boots or LearnedBoots(), walltimes or Walltimes()
         recorder.note("run", VERSION, config)
@@ -441,7 +442,7 @@ class RecordedBroker(Broker):
 
     def hurry(self) -> None:
         self.stop()
-        self._cluster.hurry()
+        self._real_cluster.hurry()
 
     @property
     def has_news(self) -> bool:
