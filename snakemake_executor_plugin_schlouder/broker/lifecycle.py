@@ -198,7 +198,7 @@ TABLE: tuple[Rule, ...] = (
     # The end: drained, without any job, ended, and no record left in Slurm.
     Rule((VMState.DRAINING,), Action.LOSE, node=(Node.DOWN,), when=(used,)),
     Rule((VMState.DRAINING,), Action.END, node=_WITHOUT_JOB, when=(unused, ours_to_end)),
-    Rule((VMState.DRAINING,), Action.MIND_GUEST, node=_OUT, when=(unused, ours_to_end)),
+    Rule((VMState.DRAINING,), Action.MIND_GUEST, node=(Node.DRAINING,), when=(unused, ours_to_end)),
     Rule(
         (VMState.DRAINING,),
         Action.DRAIN_AGAIN,
