@@ -49,12 +49,16 @@ AGAIN = {
 def sights() -> Iterator[Sight]:
     """All of them, but for the seconds of a boot, which are too few or too many."""
     flags = (False, True)
-    for values in itertools.product(VMState, Machine, Node, *[flags] * 5):
-        state, machine, node, wanted, may_have_come, known, taken_back, late = values
+    seen = itertools.product(VMState, Machine, Node)
+    for (state, machine, node), known in itertools.product(
+        seen, itertools.product(flags, repeat=5)
+    ):
+        wanted, may_have_come, is_known, taken_back, late = known
+        seconds = 2.0 if late else 1.0
         first = Sight(
-            *(state, machine, node, wanted, may_have_come, known, taken_back),
-            boots_for=2.0 if late else 1.0,
-            boot_timeout=1.0,
+            *(state, machine, node),
+            *(wanted, may_have_come, is_known, taken_back),
+            *(seconds, 1.0),
         )
         if state in (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING):
             yield first
