@@ -17,7 +17,7 @@ from snakemake_executor_plugin_schlouder.broker.lifecycle import (
     Sight,
     decide,
 )
-from snakemake_executor_plugin_schlouder.model import VMState
+from snakemake_executor_plugin_schlouder.model import BOOTING, VMState
 
 DESIGN = Path(__file__).parent.parent / "docs" / "design.md"
 ORDER = list(VMState)
@@ -47,32 +47,29 @@ AGAIN = {
 
 
 def sights() -> Iterator[Sight]:
-    """All of them, but for the seconds of a boot, which are too few or too many."""
+    """All that can be told apart: what counts before a VM is up, and what counts from then on."""
     flags = (False, True)
-    seen = itertools.product(VMState, Machine, Node)
-    for (state, machine, node), known in itertools.product(
-        seen, itertools.product(flags, repeat=5)
-    ):
-        wanted, may_have_come, is_known, taken_back, late = known
-        seconds = 2.0 if late else 1.0
-        first = Sight(
-            *(state, machine, node),
-            *(wanted, may_have_come, is_known, taken_back),
-            *(seconds, 1.0),
-        )
-        if state in (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING):
-            yield first
-            continue
-        for more in itertools.product(flags, repeat=6):
-            retires, used, left, overdue, bound, has_node = more
-            yield first._replace(
-                retires=retires,
-                is_used=used,
-                is_left_to_ec2=left,
-                is_overdue=overdue,
-                is_bound=bound,
-                has_node=has_node,
-            )
+    seen = itertools.product(VMState, Machine, Node, flags, flags)
+    for state, machine, node, known, taken_back in seen:
+        sight = Sight(state, machine, node, is_known=known, is_taken_back=taken_back)
+        if state in BOOTING:
+            for wanted, may_have_come, late in itertools.product(flags, repeat=3):
+                yield sight._replace(
+                    is_wanted=wanted,
+                    may_have_come=may_have_come,
+                    boots_for=2.0 if late else 1.0,
+                    boot_timeout=1.0,
+                )
+        else:
+            for retires, used, left, overdue, bound, has_node in itertools.product(flags, repeat=6):
+                yield sight._replace(
+                    retires=retires,
+                    is_used=used,
+                    is_left_to_ec2=left,
+                    is_overdue=overdue,
+                    is_bound=bound,
+                    has_node=has_node,
+                )
 
 
 def after(sight: Sight, action: Action) -> Sight:
