@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy
-import getpass
 import math
 import os
 import re
@@ -61,7 +60,7 @@ from .objects import connect as connect_s3
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
-from .provision import Cloud, Ec2Cloud, connect
+from .provision import Cloud, Ec2Cloud, connect, this_owner
 from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
@@ -270,7 +269,7 @@ class Executor(RemoteExecutor):
             config.mounts,
         )
         markets = _markets(config, asked.values())
-        cloud = connect(_ec2_settings(config, markets), join, _owner(), self.logger.warning)
+        cloud = connect(_ec2_settings(config, markets), join, this_owner(), self.logger.warning)
         offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
         market = self._market(asked, cloud, offered, markets)
         _check_sizes(asked, market)
@@ -859,7 +858,3 @@ def _display_name(job: Any) -> str:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
-
-
-def _owner() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"

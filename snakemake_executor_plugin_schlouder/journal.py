@@ -232,7 +232,7 @@ class Journal:
         return {
             record.run
             for record in self.runs()
-            if record.ended is None and (record.host != host or _is_there(record))
+            if record.ended is None and (record.host != host or is_there(record))
         }
 
     def killed_runs(self, host: str) -> list[RunRecord]:
@@ -249,7 +249,7 @@ class Journal:
             if record.ended is None
             and record.host == host
             and (record.run,) in left
-            and not _is_there(record)
+            and not is_there(record)
         ]
 
     def take_over(self, killed: RunRecord, pid: int) -> bool:
@@ -332,7 +332,7 @@ class _ReadOnlyJournal(Journal):
         return db
 
 
-def _is_there(record: RunRecord) -> bool:
+def is_there(record: RunRecord) -> bool:
     """Whether the run's process lives; where the system does not tell its birth, its number must do."""
     if record.birth:
         return birth_of(record.pid) == record.birth

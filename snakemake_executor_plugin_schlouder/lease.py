@@ -16,7 +16,7 @@ DEFAULT = 600.0
 RENEWALS = 4
 """How often a lease is renewed in its time, so that some may be lost."""
 
-_WORDS = re.compile(r"\bschlouder run=(\S+) lease=(\d+) at=(\d+)( kept)?")
+_WORDS = re.compile(r"\bschlouder run=(\S+) lease=(\d{1,12}) at=(\d{1,12})( kept)?\b")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ Source of the rules by number (R2, R3 ...): the failures of other elastic cluste
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import logging
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,6 +54,12 @@ _NEEDING = {"iam:PassRole": "IamInstanceProfile", "ec2:CreateTags": "TagSpecific
 """The parameters of RunInstances that need a right of their own."""
 
 _log = logging.getLogger(__name__)
+
+
+def this_owner() -> str:
+    """What TAG_OWNER says of machines that this process starts."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
 
 UserData = Callable[[Sequence[str], InstanceType, str], str]
 """Makes the script of one launch from its nodes, in the order of their launch index, type and market."""
@@ -255,18 +263,17 @@ class Ec2Cloud:
 
     def instances(self, run: str) -> list[Instance]:
         if self._abilities.tags_on_launch:
-            found = self._describe(Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}])
-            return [_instance(described) for described in found]
+            found = describe(self._ec2, Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}])
+            return [instance_of(described) for described in found]
         return [
             self._recognized(described, run)
-            for described in self._describe()
-            if _tags_of(described).get(TAG_RUN) == run
+            for described in describe(self._ec2)
+            if tags_of(described).get(TAG_RUN) == run
             or described.get("ClientToken", "").startswith(_mark(run))
         ]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
-        for start in range(0, len(instance_ids), _TERMINATE_BATCH):
-            self._terminate_batch(list(instance_ids[start : start + _TERMINATE_BATCH]))
+        terminate(self._ec2, instance_ids)
 
     def console(self, instance_id: str) -> str:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -476,11 +483,11 @@ class Ec2Cloud:
 
     def _launched(self, described: Mapping[str, Any], launch: _Launch) -> Instance:
         node = launch.node_of(described)
-        if TAG_RUN not in _tags_of(described):
+        if TAG_RUN not in tags_of(described):
             if self._abilities.tags_on_launch:
                 self._do_without("tags", replace(self._abilities, tags_on_launch=False))
             self._tag(described["InstanceId"], launch.run, node)
-        return replace(_instance(described), run=launch.run, node=node)
+        return replace(instance_of(described), run=launch.run, node=node)
 
     def _tag(self, instance_id: str, run: str, node: str) -> None:
         """Where the cloud could not do so in the launch. Until it is done the machine is known by the token
@@ -494,7 +501,7 @@ class Ec2Cloud:
 
     def _recognized(self, described: Mapping[str, Any], run: str) -> Instance:
         """A machine of `run` whose tags may be missing still."""
-        instance = replace(_instance(described), run=run)
+        instance = replace(instance_of(described), run=run)
         launch = self._launches.get(described.get("ClientToken", ""))
         if instance.node or launch is None:
             return instance
@@ -503,37 +510,46 @@ class Ec2Cloud:
             self._tag(instance.id, run, node)
         return replace(instance, node=node)
 
-    def _describe(self, **filters: Any) -> list[Any]:
-        """All pages and all reservations: every RunInstances call is a reservation of its own (R6)."""
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        pages = self._ec2.get_paginator("describe_instances").paginate(
-            **filters, PaginationConfig={"PageSize": _DESCRIBE_PAGE}
-        )
-        try:
-            return [
-                described
-                for page in pages
-                for reservation in page["Reservations"]
-                for described in reservation["Instances"]
-            ]
-        except (BotoCoreError, ClientError) as error:
+def describe(ec2: EC2Client, **filters: Any) -> list[Any]:
+    """All pages and all reservations: every RunInstances call is a reservation of its own (R6). Raises
+    CloudUnavailable."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    pages = ec2.get_paginator("describe_instances").paginate(
+        **filters, PaginationConfig={"PageSize": _DESCRIBE_PAGE}
+    )
+    try:
+        return [
+            described
+            for page in pages
+            for reservation in page["Reservations"]
+            for described in reservation["Instances"]
+        ]
+    except (BotoCoreError, ClientError) as error:
+        raise _unavailable(error) from error
+
+
+def terminate(ec2: EC2Client, instance_ids: Sequence[str]) -> None:
+    """Asks for the end of these machines, as `Cloud.terminate`; raises CloudUnavailable."""
+    for start in range(0, len(instance_ids), _TERMINATE_BATCH):
+        _terminate_batch(ec2, list(instance_ids[start : start + _TERMINATE_BATCH]))
+
+
+def _terminate_batch(ec2: EC2Client, instance_ids: list[str]) -> None:
+    """One unknown id makes EC2 refuse the whole call, so that each is then asked for alone."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        ec2.terminate_instances(InstanceIds=instance_ids)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
             raise _unavailable(error) from error
-
-    def _terminate_batch(self, instance_ids: list[str]) -> None:
-        """One unknown id makes EC2 refuse the whole call, so that each is then asked for alone."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            self._ec2.terminate_instances(InstanceIds=instance_ids)
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
-                raise _unavailable(error) from error
-            if len(instance_ids) > 1:
-                for instance_id in instance_ids:
-                    self._terminate_batch([instance_id])
-        except BotoCoreError as error:
-            raise _unavailable(error) from error
+        if len(instance_ids) > 1:
+            for instance_id in instance_ids:
+                _terminate_batch(ec2, [instance_id])
+    except BotoCoreError as error:
+        raise _unavailable(error) from error
 
 
 def connect(
@@ -599,12 +615,12 @@ def _unavailable(failure: Exception) -> CloudUnavailable:
     return CloudUnavailable(rights_text(error) if error.meaning == Meaning.RIGHTS else str(error))
 
 
-def _tags_of(described: Mapping[str, Any]) -> dict[str, str]:
+def tags_of(described: Mapping[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in described.get("Tags", [])}
 
 
-def _instance(described: Mapping[str, Any]) -> Instance:
-    tags = _tags_of(described)
+def instance_of(described: Mapping[str, Any]) -> Instance:
+    tags = tags_of(described)
     nodes = tags.get(TAG_NODE, "").split()
     index = described.get("AmiLaunchIndex", 0) if len(nodes) > 1 else 0
     return Instance(

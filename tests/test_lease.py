@@ -21,6 +21,8 @@ def test_a_lease_is_read_as_it_was_written(kept: bool) -> None:
 def test_words_of_others_are_no_lease() -> None:
     assert parse("") is None
     assert parse("schlouder run=x lease=soon at=1") is None
+    assert parse(f"schlouder run=x lease={'9' * 5000} at=1") is None
+    assert parse(f"schlouder run=x lease=600 at={'9' * 5000}") is None
 
 
 def test_leases_of_a_node_list() -> None:
@@ -31,7 +33,7 @@ def test_leases_of_a_node_list() -> None:
         "NodeName=b Arch=x86_64 Comment=rack 3, row 5\n"
         "NodeName=c Arch=x86_64\n"
     )
-    assert parse_leases(text) == {"a": lease}
+    assert parse_leases(text) == {"a": lease, "b": None, "c": None}
 
 
 def test_the_broker_renews_the_leases_of_what_has_joined(tmp_path: Path) -> None:

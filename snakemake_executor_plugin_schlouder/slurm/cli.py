@@ -136,15 +136,14 @@ def parse_nodes(text: str) -> dict[str, NodeStatus]:
     return nodes
 
 
-def parse_leases(text: str) -> dict[str, Lease]:
-    """`scontrol --oneliner show node`: the leases by node."""
+def parse_leases(text: str) -> dict[str, Lease | None]:
+    """`scontrol --oneliner show node`: all nodes, with the leases in their comments."""
     found = {}
     for line in text.splitlines():
         name = re.match(r"NodeName=(\S+)", line)
         comment = re.search(r" Comment=(.*)", line)
-        lease = parse(comment[1]) if comment else None
-        if name is not None and lease is not None:
-            found[name[1]] = lease
+        if name is not None:
+            found[name[1]] = parse(comment[1]) if comment else None
     return found
 
 
@@ -374,7 +373,33 @@ class SlurmCommands:
 
     def leases(self) -> dict[str, Lease]:
         """Those in the comments of nodes, by name; nodes without one are left out."""
+        return {node: lease for node, lease in self.all_nodes().items() if lease is not None}
+
+    def all_nodes(self) -> dict[str, Lease | None]:
+        """Every node of the cluster that Slurm shows, with its lease."""
         return parse_leases(self._read(["scontrol", "--oneliner", "show", "node"]))
+
+    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+        """Id and name of every job that has begun on these nodes, in whatever partition; an unknown node is
+        an error."""
+        if not nodes:
+            return {}
+        listed = self._read(
+            [
+                "squeue",
+                f"--nodelist={','.join(nodes)}",
+                "--states=RUNNING,COMPLETING,SUSPENDED",
+                "--noheader",
+                "--format=%i|%N|%j",
+            ]
+        )
+        found: dict[str, list[tuple[str, str]]] = {}
+        for line in listed.splitlines():
+            slurm_id, _, rest = line.partition("|")
+            of_job, _, name = rest.partition("|")
+            for node in self._expand(of_job):
+                found.setdefault(node, []).append((slurm_id, name))
+        return found
 
     def delete(self, node: str) -> bool:
         done = self._run(["scontrol", "delete", f"nodename={node}"])
