@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from snakemake_executor_plugin_schlouder.localcloud import Options
     from snakemake_executor_plugin_schlouder.pool import Goal
 
@@ -27,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="schlouder", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True)
     _add_status(commands)
+    _add_gc(commands)
     _add_simulate(commands)
     _add_replay(commands)
     _add_local(commands)
@@ -45,6 +49,38 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     status.add_argument("--run", metavar="RUN", help="which run (default: the newest)")
     status.set_defaults(action=_status)
+
+
+def _add_gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    gc = commands.add_parser(
+        "gc",
+        help="list and delete VMs whose owner is gone",
+        description="Lists the machines that have schlouder's tags, with what they cost, and deletes those that "
+        "no living run owns, after a yes. Does no harm beside running workflows, and touches nothing without "
+        "the tags schlouder:run and schlouder:owner.",
+        epilog="exit codes: 0 nothing is left behind, 1 an error, 2 wrong options, 3 something was found and "
+        "not deleted",
+    )
+    where = gc.add_mutually_exclusive_group()
+    where.add_argument(
+        "--region", action="append", metavar="REGION", help="may be repeated; default: that of AWS"
+    )
+    where.add_argument("--all-regions", action="store_true", help="all that the account has")
+    gc.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="only this run, also where nothing is known of its owner or its VMs are kept; may be repeated",
+    )
+    gc.add_argument(
+        "--everybody",
+        action="store_true",
+        help="not only your own of this host (for administrators)",
+    )
+    gc.add_argument("--yes", action="store_true", help="delete without asking")
+    gc.add_argument("--json", action="store_true", help="print JSON, and do not ask")
+    gc.set_defaults(action=_gc)
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -190,6 +226,52 @@ def _init(arguments: argparse.Namespace) -> int:
         print(f"placeholders stand for {', '.join(left)}", file=sys.stderr)
     print(f"what to do with them, in order: {written[0]}", file=sys.stderr)
     return 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from snakemake_executor_plugin_schlouder import gc, report
+    from snakemake_executor_plugin_schlouder.model import SchlouderError
+
+    regions = arguments.region or [os.environ.get("SNAKEMAKE_SCHLOUDER_REGION", "")]
+    scope = gc.Scope(arguments.everybody, tuple(arguments.run))
+    try:
+        collector = gc.Collector(gc.connect(regions, arguments.all_regions), scope)
+        survey = collector.survey()
+        _tell((*survey.notes, *survey.problems))
+        if not arguments.json:
+            report.show_table(report.leftovers(survey))
+        found = bool(survey.doomed or survey.nodes)
+        agreed = arguments.yes or (found and not arguments.json and _says_yes("Delete?"))
+        ending = collector.end(survey) if found and agreed else None
+    except SchlouderError as error:
+        return _fail(report.plain(str(error)))
+    if ending is not None:
+        still = [f"{one.id} in {one.region} was to end and is still there" for one in ending.left]
+        _tell((*ending.notes, *ending.problems, *still))
+    if arguments.json:
+        print(json.dumps(gc.as_data(survey, ending)))
+    elif ending is not None:
+        print(f"deleted: {len(ending.ended)}")
+    if survey.problems or (ending is not None and (ending.left or ending.problems)):
+        return 1
+    return 3 if found and ending is None else 0
+
+
+def _tell(lines: Iterable[str]) -> None:
+    from snakemake_executor_plugin_schlouder import report
+
+    for line in lines:
+        print(f"schlouder: {report.plain(line)}", file=sys.stderr)
+
+
+def _says_yes(question: str) -> bool:
+    """False where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

@@ -39,6 +39,9 @@ READS = (
 )
 """Calls that change nothing and that IAM cannot narrow to resources."""
 
+LOOKS_EVERYWHERE = ("ec2:DescribeRegions",)
+"""What `schlouder gc --all-regions` needs besides."""
+
 ENDS = ("ec2:GetConsoleOutput", "ec2:TerminateInstances")
 """Calls about one machine, allowed for ours only."""
 
@@ -174,12 +177,13 @@ def slurm_conf(site: Site) -> str:
 
 
 def broker_policy(site: Site) -> dict[str, Any]:
-    """The rights of whoever runs Snakemake: every call of the plugin. Machines are started only with our
-    tags, and ended only if they have them."""
+    """The rights of whoever runs Snakemake and `schlouder gc`: every call of the plugin. Machines are started
+    only with our tags, and ended only if they have them."""
     made = [site.arn("ec2", "instance/*"), site.arn("ec2", "volume/*")]
     request = site.arn("ec2", "spot-instances-request/*")
     return _policy(
         _allow("Look", READS, ["*"]),
+        _allow("LookEverywhere", LOOKS_EVERYWHERE, ["*"]),
         _allow("LaunchWithTags", ["ec2:RunInstances"], made, StringLike=_tags("aws:RequestTag")),
         _allow("LaunchFrom", ["ec2:RunInstances"], _used(site)),
         _allow(

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from .gc import Finding, Survey
     from .replay import Replay
     from .simulate import Outcome
 
 NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknown value
 
 _ID_WIDTH = 6
+
+_MOST_SHOWN = 300
+"""Characters of a text that others have written."""
 
 NARROWEST = 100
 """Columns a table takes when the output is no terminal, and at least."""
@@ -131,6 +135,74 @@ def run_report(journal: Journal, run: str) -> RenderableType:
     if spent.usd:
         parts.append(_rule_table(spent))
     return Group(*parts)
+
+
+def leftovers(survey: Survey) -> RenderableType:
+    """What `schlouder gc` has found: machines, those without an owner first, and what they cost."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    if survey.findings:
+        parts.append(_machine_table(survey.findings))
+    parts += [Text(f"Slurm node without a machine: {plain(node)}") for node in survey.nodes]
+    doomed = survey.doomed
+    if doomed:
+        known = [f.cost.hourly for f in doomed if f.cost.hourly is not None]
+        so_far = sum(f.cost.so_far or 0.0 for f in doomed)
+        unknown = len(doomed) - len(known)
+        priced = f"{_usd(sum(known))} an hour, {_usd(so_far)} so far" if known else "price unknown"
+        more = f" (price unknown of {unknown})" if known and unknown else ""
+        noun = "machine" if len(doomed) == 1 else "machines"
+        parts.append(Text(f"To be deleted: {len(doomed)} {noun}, {priced}{more}"))
+    elif not survey.nodes:
+        parts.append(Text("Nothing to delete."))
+    return Group(*parts)
+
+
+def _machine_table(findings: Sequence[Finding]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for heading in ("Machine", "Run", "Type", "Age"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("USD/h", "USD"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Owner", overflow="fold", ratio=1)
+    now = time.time()
+    for finding in findings:
+        machine, verdict = finding.machine, finding.verdict
+        spot = " spot" if machine.instance.market == SPOT else ""
+        state = "" if machine.instance.state == "running" else f"\n{machine.instance.state}"
+        until = "" if verdict.until is None else f" until {_stamp(verdict.until)}"
+        cells = (
+            f"{machine.id}\n{machine.region}",
+            machine.run,
+            f"{machine.instance.type}{spot}{state}",
+            _age(now - machine.launched),
+            _price(finding.cost.hourly),
+            _price(finding.cost.so_far),
+            f"{verdict.status}{until}: {verdict.why}\n{machine.owner}",
+        )
+        # Text, because tags may hold rich's markup.
+        table.add_row(*(Text("\n".join(map(plain, cell.split("\n")))) for cell in cells))
+    return table
+
+
+def plain(text: str) -> str:
+    """Tags are anybody's words: what would move a cursor or change a colour is shown as its number."""
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:_MOST_SHOWN])
+    return f"{shown}…" if len(text) > _MOST_SHOWN else shown
+
+
+def _price(usd: float | None) -> str:
+    return "unknown" if usd is None else f"{usd:.4f}"
+
+
+def _age(seconds: float) -> str:
+    minutes = int(max(0.0, seconds) // 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def as_text(renderable: RenderableType) -> str:

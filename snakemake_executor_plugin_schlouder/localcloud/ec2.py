@@ -102,6 +102,7 @@ class Ec2:
         handlers: dict[str, Handler] = {
             "TerminateInstances": self._terminate_instances,
             "GetConsoleOutput": self._console_output,
+            "DescribeRegions": _only_region,
             "RegisterImage": _register_image,
         }
         try:
@@ -462,6 +463,11 @@ def _register_image(parameters: Parameters, forward: Forward) -> Response:
     if found and "Architecture" in parameters:
         backend().amis[found[1]].architecture = parameters["Architecture"]
     return answer
+
+
+def _only_region(parameters: Parameters, forward: Forward) -> Response:
+    """moto knows all of AWS's."""
+    return forward_parameters({**parameters, "RegionName.1": REGION}, forward)
 
 
 def _replay(launch: Launch, parameters: Parameters) -> Response:
