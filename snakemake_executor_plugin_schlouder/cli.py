@@ -55,9 +55,9 @@ def _add_gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     gc = commands.add_parser(
         "gc",
         help="list and delete VMs whose owner is gone",
-        description="Lists the machines that have schlouder's tags, with what they cost, and deletes those that "
-        "no living run owns, after a yes. Does no harm beside running workflows, and touches nothing without "
-        "the tags schlouder:run and schlouder:owner.",
+        description="Lists the machines that have schlouder's tags, with what they cost, and deletes those "
+        "that no living run owns, after a yes. Does no harm beside running workflows, and touches nothing "
+        "without the tags schlouder:run and schlouder:owner.",
         epilog="exit codes: 0 nothing is left behind, 1 an error, 2 wrong options, 3 something was found and "
         "not deleted",
     )

@@ -3,7 +3,7 @@
 The cloud is asked first, then the records: the journals of this user on this host, and Slurm's nodes with the
 leases in their comments. `judge` is a pure function of what they say. An owner is called dead only by what is
 seen: a process that is gone, a run that has ended, a lease that is over. Where nothing is seen the owner is
-unknown, and its machines stay. The rules by number (R5, R7, R9) are those of docs/design.md.
+unknown, and its machines stay. The rules by number (R3, R5, R7) are those of docs/design.md.
 """
 
 from __future__ import annotations

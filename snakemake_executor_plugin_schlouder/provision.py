@@ -515,6 +515,7 @@ def describe(ec2: EC2Client, **filters: Any) -> list[Any]:
     """All pages and all reservations: every RunInstances call is a reservation of its own (R6). Raises
     CloudUnavailable."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     pages = ec2.get_paginator("describe_instances").paginate(
         **filters, PaginationConfig={"PageSize": _DESCRIBE_PAGE}
@@ -526,7 +527,7 @@ def describe(ec2: EC2Client, **filters: Any) -> list[Any]:
             for reservation in page["Reservations"]
             for described in reservation["Instances"]
         ]
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, ResponseParserError) as error:
         raise _unavailable(error) from error
 
 
@@ -539,6 +540,7 @@ def terminate(ec2: EC2Client, instance_ids: Sequence[str]) -> None:
 def _terminate_batch(ec2: EC2Client, instance_ids: list[str]) -> None:
     """One unknown id makes EC2 refuse the whole call, so that each is then asked for alone."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         ec2.terminate_instances(InstanceIds=instance_ids)
@@ -548,7 +550,7 @@ def _terminate_batch(ec2: EC2Client, instance_ids: list[str]) -> None:
         if len(instance_ids) > 1:
             for instance_id in instance_ids:
                 _terminate_batch(ec2, [instance_id])
-    except BotoCoreError as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise _unavailable(error) from error
 
 
