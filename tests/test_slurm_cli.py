@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from snakemake_executor_plugin_schlouder.lease import Lease
 from snakemake_executor_plugin_schlouder.model import SlurmOptions
 from snakemake_executor_plugin_schlouder.slurm import (
     ClusterUnavailable,
@@ -279,6 +280,20 @@ def test_an_unknown_partition_comes_with_the_lines_that_make_it(path: Path) -> N
         ClusterUnfit, match=r"--schlouder-partition.*PartitionName=cloud Nodes=cloud"
     ):
         SlurmCommands("cloud").check()
+
+
+def test_a_node_that_slurm_does_not_know_keeps_no_other_from_being_updated(path: Path) -> None:
+    log = path / "updates"
+    commands(
+        path,
+        scontrol=f'echo "$2" >>{log}; case "$2" in *gone*) echo "Invalid node name" >&2; exit 1;; esac',
+        sinfo="echo 'a|idle|none'; echo 'b|idle|none'",
+    )
+    slurm = SlurmCommands("schlouder")
+    slurm.renew(["gone", "a", "b"], Lease("r1", 600, 1))
+    slurm.renew(["gone"], Lease("r1", 600, 1))
+    slurm.renew([], Lease("r1", 600, 1))
+    assert log.read_text().split() == ["nodename=gone,a,b", "nodename=a,b", "nodename=gone"]
 
 
 def test_no_right_to_delete_nodes_is_told(path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from test_localcloud import Vms
 from workflows import slurmctld, stopped
 
+from snakemake_executor_plugin_schlouder.lease import Lease
 from snakemake_executor_plugin_schlouder.localcloud import LocalCloud
 from snakemake_executor_plugin_schlouder.model import SlurmOptions
 from snakemake_executor_plugin_schlouder.slurm import (
@@ -407,6 +408,22 @@ class TestNodes:
         until(lambda: phase(slurm, job) == JobPhase.LOST)
         assert slurm.view(job.run).jobs[job.key].state == "NODE_FAIL"
 
+    def test_leases_are_written_on_all_nodes_that_are_there(
+        self, slurm: Cluster, node: str
+    ) -> None:
+        first, last = Lease("r1", 7200, 17), Lease("r2", 3600, 18, kept=True)
+        # Slurm takes them in the order of their names, and stops at the first that it does not know.
+        slurm.renew(["a-node-that-was", NODE, node, "no-such-node"], first)
+        assert leases(node) == {NODE: first, node: first}
+        slurm.renew([node], last)
+        slurm.renew(["no-such-node"], last)
+        slurm.renew([], last)
+        assert leases(node) == {NODE: first, node: last}
+
+    def test_of_nodes_to_be_drained_one_may_be_unknown(self, slurm: Cluster, node: str) -> None:
+        slurm.drain(["a-node-that-was", node], "no work left")
+        until(lambda: slurm.view("no-run").nodes[node].is_drained)
+
     def test_nothing_is_to_be_done_about_a_node_that_is_not_there(self, slurm: Cluster) -> None:
         slurm.drain(["no-such-node"], "gone")
         slurm.drain([], "nobody")
@@ -416,6 +433,11 @@ class TestNodes:
     def test_the_controller_is_described(self, slurm: Cluster, vms: Vms) -> None:
         info = slurm.check()
         assert info.controller == f"{vms.cloud.gateway}:{vms.slurm_conf('SlurmctldPort')}"
+
+
+def leases(*nodes: str) -> dict[str, Lease]:
+    found = SlurmCommands(PARTITION).leases()
+    return {name: found[name] for name in (NODE, *nodes) if name in found}
 
 
 class TestSilence:
@@ -436,6 +458,8 @@ class TestSilence:
         def ask() -> None:
             with pytest.raises(ClusterUnavailable):
                 slurm.view(job.run)
+            with pytest.raises(ClusterUnavailable):
+                slurm.renew([NODE], Lease("r1", 7200, 19))
             outcomes.extend(slurm.submit([job] * 50))
 
         asking = threading.Thread(target=ask)

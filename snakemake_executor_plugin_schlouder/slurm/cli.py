@@ -359,17 +359,13 @@ class SlurmCommands:
         return found
 
     def drain(self, nodes: Iterable[str], reason: str) -> None:
-        names = ",".join(nodes)
-        if names:
-            self._update(f"nodename={names}", "state=drain", f"reason={reason}")
+        self._update(list(nodes), "state=drain", f"reason={reason}")
 
     def fail(self, node: str, reason: str) -> None:
-        self._update(f"nodename={node}", "state=down", f"reason={reason}")
+        self._update([node], "state=down", f"reason={reason}")
 
     def renew(self, nodes: Iterable[str], lease: Lease) -> None:
-        names = ",".join(nodes)
-        if names:
-            self._update(f"nodename={names}", f"comment={lease.text}")
+        self._update(list(nodes), f"comment={lease.text}")
 
     def leases(self) -> dict[str, Lease]:
         """Those in the comments of nodes, by name; nodes without one are left out."""
@@ -417,11 +413,23 @@ class SlurmCommands:
             return nodes.split(",")
         return self._read(["scontrol", "show", "hostnames", nodes]).split()
 
-    def _update(self, *settings: str) -> None:
-        done = self._run(["scontrol", "update", *settings])
-        if done.returncode != 0 and "Invalid node name" not in done.stderr:
-            self._raise_unreachable(done)
-            raise ClusterUnavailable(last_line(done.stderr))
+    def _update(self, nodes: Sequence[str], *settings: str) -> None:
+        """Slurm stops at the first unknown node, in an order of its own: then those that it knows are
+        updated alone."""
+        if not nodes or self._try_update(nodes, *settings) or len(nodes) == 1:
+            return
+        known = self._nodes()
+        if here := [node for node in nodes if node in known]:
+            self._try_update(here, *settings)
+
+    def _try_update(self, nodes: Sequence[str], *settings: str) -> bool:
+        """False: Slurm does not know one of the nodes."""
+        done = self._run(["scontrol", "update", f"nodename={','.join(nodes)}", *settings])
+        if done.returncode == 0:
+            return True
+        if "Invalid node name" in done.stderr:
+            return False
+        raise ClusterUnavailable(last_line(done.stderr))
 
     def _check_partition(self) -> None:
         done = self._run(["scontrol", "show", "partition", self.partition])
