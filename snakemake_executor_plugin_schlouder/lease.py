@@ -16,6 +16,9 @@ DEFAULT = 600.0
 RENEWALS = 4
 """How often a lease is renewed in its time, so that some may be lost."""
 
+NOTICED = 60.0
+"""Seconds after its lease, or its last job, within which a VM is gone where units are short."""
+
 _WORDS = re.compile(r"\bschlouder run=(\S+) lease=(\d{1,12}) at=(\d{1,12})( kept)?\b")
 
 

@@ -12,6 +12,7 @@ from rig import SMALL, Rig
 
 from snakemake_executor_plugin_schlouder import strategies
 from snakemake_executor_plugin_schlouder.broker import MAX_LOSSES
+from snakemake_executor_plugin_schlouder.costs import bill_of
 from snakemake_executor_plugin_schlouder.fleet import Fleet
 from snakemake_executor_plugin_schlouder.journal import Journal
 from snakemake_executor_plugin_schlouder.model import (
@@ -21,6 +22,7 @@ from snakemake_executor_plugin_schlouder.model import (
     Need,
     Task,
     TaskState,
+    VMState,
 )
 from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.provision import (
@@ -772,3 +774,50 @@ def test_machines_that_go_at_the_same_time_are_ended_by_one_call(rig: Rig) -> No
     rig.run(200)
     assert rig.states() == [TaskState.COMPLETE] * 6
     assert [len(call) for call in calls] == [6]
+
+
+LEASE_OVER = "schlouder: the lease is over"
+ITSELF = "Client.InstanceInitiatedShutdown: Instance initiated shutdown"
+
+
+def test_a_vm_whose_lease_ran_out_while_its_owner_slept_ends_what_runs_and_gets_no_more(
+    tmp_path: Path,
+) -> None:
+    """It had drained itself, and then found a job: that is waited for."""
+    rig = Rig(tmp_path, max_vms=2)
+    rig.give(3, need=Need(2, 1000), seconds=900, strategy="one-vm-for-all")
+    rig.run(20)
+    rig.world.pass_time(700)
+    rig.world.nodes["schlouder-r1-1"] = "draining"
+    rig.slurm.reasons["schlouder-r1-1"] = LEASE_OVER
+    rig.run(10)
+    first, second = rig.broker.vms()
+    assert first.state == VMState.DRAINING
+    assert not first.queue and len(first.active) == 1
+    assert [job.state for job in rig.world.jobs.values()][:2] == ["RUNNING", "CANCELLED"]
+    rig.run(240)
+    rig.world.kill_machine("schlouder-r1-1", ITSELF)
+    rig.run(2000)
+    assert rig.states() == [TaskState.COMPLETE] * 3
+    assert [task.losses for task in rig.ended.values()] == [0, 0, 0]
+    assert first.state == second.state == VMState.GONE
+
+
+def test_a_vm_that_ended_itself_while_its_owner_slept_is_not_billed_for_the_sleep(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path, max_vms=2, billing=Billing(unit=3600, minimum=0))
+    rig.give(1, seconds=30)
+    rig.run(60)
+    (vm,) = rig.broker.vms()
+    assert vm.ready is not None and vm.is_unused
+    rig.world.nodes["schlouder-r1-1"] = "drained"
+    rig.slurm.reasons["schlouder-r1-1"] = LEASE_OVER
+    rig.world.kill_machine("schlouder-r1-1", ITSELF)
+    rig.world.pass_time(5 * 3600)
+    rig.give(1, seconds=30)
+    rig.run(100)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert vm.state == VMState.GONE
+    record = rig.journal.vms("r1")[0]
+    assert bill_of(record, [], rig.config.billing, rig.world.now).units == 1

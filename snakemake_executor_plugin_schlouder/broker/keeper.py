@@ -13,7 +13,14 @@ from ..provision import CloudUnavailable, Instance
 from ..slurm import ClusterView, NodeStatus
 from .desk import CONSISTENCY_WINDOW, Absences, Desk
 from .lifecycle import Action, Machine, Node, Sight, decide
-from .sights import is_reclaim_of, machine_sight, node_sight, reclaimed_by, stray_sight
+from .sights import (
+    ended_itself,
+    is_reclaim_of,
+    machine_sight,
+    node_sight,
+    reclaimed_by,
+    stray_sight,
+)
 
 LEAVING = (VMState.DRAINING, VMState.TERMINATING, VMState.GONE)
 NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
@@ -110,12 +117,24 @@ class Keeper:
         if instance.is_alive:
             return
         self._desk.books.vm(vm)
-        vm.meter_end = vm.meter_end or instance.ended
+        vm.meter_end = vm.meter_end or instance.ended or self._end_of_lease(vm, instance)
         if vm.state == VMState.TERMINATING and is_reclaim_of(instance.reason):
             vm.reason = instance.reason
         self._reconcile(vm, machine_sight(instance), instance.reason or "the machine ended")
         vm.ended = vm.ended or self._desk.now
         vm.ending = True
+
+    def _end_of_lease(self, vm: VM, instance: Instance) -> float | None:
+        """When a machine was gone at the latest that had nothing to do and ended itself while its owner was
+        suspended: EC2 does not say when, and it is not billed for what came after."""
+        leader = self._desk.gangs.leader(vm)
+        if vm.ready is None or leader.idle_since is None or not ended_itself(instance.reason):
+            return None
+        config = self._desk.config
+        is_heard = self._renewed >= vm.ready
+        over = (self._renewed if is_heard else vm.requested + config.boot_timeout) + config.lease
+        gone = max(over, leader.idle_since) + lease.NOTICED
+        return gone if gone < self._desk.now else None
 
     def _reconcile(self, vm: VM, machine: Machine, why: str) -> None:
         """Does what follows from a machine that is not what it was; a lost one may be gone at once."""

@@ -47,3 +47,8 @@ def reclaimed_by(reason: str) -> float | None:
 def is_reclaim_of(reason: str) -> bool:
     """Whether a machine ended for this reason because EC2 took it back."""
     return "Server.SpotInstance" in reason or "spot machine back" in reason
+
+
+def ended_itself(reason: str) -> bool:
+    """Whether a machine powered itself off, as when its lease was over."""
+    return "Client.InstanceInitiatedShutdown" in reason
