@@ -34,6 +34,8 @@ AWKWARD = Join(
     auth="slurm",
     slurm=(24, 11),
     mounts=(Mount("nas:/a", "/a", "defaults"), Mount("[fd00::1]:/b", "/b", "nfsvers=4.2,ro")),
+    first_lease=660.5,
+    unit=3600.0,
 )
 
 
@@ -71,6 +73,8 @@ def test_every_value_reaches_the_script_as_it_is() -> None:
         "SCHLOUDER_KEY_ENDPOINT": "https://ssm.eu-west-1.amazonaws.com",
         "SCHLOUDER_REGION": "eu-west-1",
         "SCHLOUDER_MOUNTS": "nas:/a /a defaults\n[fd00::1]:/b /b nfsvers=4.2,ro",
+        "SCHLOUDER_FIRST_LEASE": "661",
+        "SCHLOUDER_UNIT": "3600",
     }
 
 
@@ -103,6 +107,16 @@ def test_its_python_is_python_of_the_oldest_distribution() -> None:
 
     (program,) = re.findall(r"^READ_KEY='\n(.*?)^'$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
     ast.parse(program, feature_version=(3, 9))
+
+
+def test_comments_stay_at_home_except_for_what_the_script_is() -> None:
+    text = script()
+    head = SCRIPT.read_text().partition("set -eu\n")[0]
+    assert head in text
+    rest = text.partition("set -eu\n")[2].splitlines()
+    assert [line for line in rest if re.match(" *#(?! shellcheck)", line)] == []
+    code = [line for line in SCRIPT.read_text().splitlines() if not re.match(" *#", line)]
+    assert [line for line in text.splitlines() if line in code][-len(code) :] == code
 
 
 def test_a_hundred_names_leave_room_and_too_many_are_refused() -> None:

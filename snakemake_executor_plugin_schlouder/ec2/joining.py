@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from .. import lease
 from ..model import ON_DEMAND, InstanceType, SchlouderError
 from ..slurm.cli import OLDEST
 
@@ -59,8 +61,9 @@ class Mount:
 
 @dataclass(frozen=True)
 class Join:
-    """What a VM must know to join Slurm. `key` is as in `ClusterKey.parse`; `auth` is munge or slurm, the
-    controller's AuthType; `slurm` the controller's release."""
+    """What a VM must know to join Slurm, and to leave. `key` is as in `ClusterKey.parse`; `auth` is munge or
+    slurm, the controller's AuthType; `slurm` the controller's release. `first_lease`: seconds after its start
+    until which its owner must have renewed the lease; `unit`: the billing unit in seconds."""
 
     controller: str
     munge_socket: str
@@ -68,6 +71,8 @@ class Join:
     auth: str = "munge"
     slurm: tuple[int, int] = OLDEST
     mounts: tuple[Mount, ...] = ()
+    first_lease: float = 2 * lease.DEFAULT
+    unit: float = 1.0
 
 
 def parse_mounts(text: str) -> tuple[Mount, ...]:
@@ -137,7 +142,8 @@ def user_data(
     instance_type: InstanceType,
     market: str = ON_DEMAND,
 ) -> str:
-    """The script that VMs of one launch run at first boot: assignments, then `templates/join.sh` as it is.
+    """The script that VMs of one launch run at first boot: assignments, then `templates/join.sh`, of whose
+    comments only the head goes along: EC2 takes little.
 
     Each VM takes the one of `nodes` at its launch index. `endpoint` is the URL of the service that holds
     the cluster's key. On the `market` spot a VM drains itself when EC2 is about to take it back.
@@ -157,10 +163,14 @@ def user_data(
         "KEY_ENDPOINT": endpoint,
         "REGION": region,
         "MOUNTS": "\n".join(f"{m.source} {m.point} {m.options}" for m in join.mounts),
+        "FIRST_LEASE": str(math.ceil(join.first_lease)),
+        "UNIT": str(math.ceil(join.unit)),
     }
     lines = [f"SCHLOUDER_{name}={shlex.quote(value)}" for name, value in assignments.items()]
     body = resources.files(__package__.rpartition(".")[0]).joinpath("templates/join.sh").read_text()
-    text = "\n".join(["#!/bin/sh", *lines, body])
+    head, begin, rest = body.partition("set -eu\n")
+    program = re.sub(r"^ *# (?!shellcheck).*\n", "", rest, flags=re.MULTILINE)
+    text = "\n".join(["#!/bin/sh", *lines, head + begin + program])
     if len(text.encode()) > LIMIT:
         raise ValueError(f"user data for {len(nodes)} nodes is longer than EC2's {LIMIT} bytes")
     return text

@@ -1,14 +1,17 @@
 # Joins this machine to the Slurm cluster as one dynamic node.
 #
-# The plugin writes "#!/bin/sh" and the SCHLOUDER_* assignments above this text and hands the whole to
-# EC2 as user data; cloud-init runs it as root at first boot, and its output goes to the console. What the
-# image lacks is installed with apt. Holds no secret: the cluster's key comes from the SSM Parameter Store
-# or the Secrets Manager with the rights of the instance profile. A machine that cannot join says why and
-# powers off.
+# The plugin writes "#!/bin/sh" and the SCHLOUDER_* assignments above this text and hands the whole, without
+# the comments below, to EC2 as user data; cloud-init runs it as root at first boot, and its output goes to
+# the console. What the image lacks is installed with apt. Holds no secret: the cluster's key comes from the
+# SSM Parameter Store or the Secrets Manager with the rights of the instance profile. A machine that cannot
+# join says why and powers off; one whose owner is gone powers off when its lease is over (watch_lease).
 set -eu
 
 METADATA=169.254.169.254
 METADATA_IPV6=fd00:ec2::254
+PROC=/proc
+CLOUD_INIT=/var/lib/cloud
+NODE_FILE=/run/schlouder-node
 NODE='this machine'
 REASON=
 
@@ -194,16 +197,98 @@ start_slurmd() {
     done
 }
 
+# As a client of the cluster; slurmctld may be away.
+ask_slurm() {
+    SLURM_CONF=/run/slurm/conf/slurm.conf timeout -k 5 15 scontrol "$@" </dev/null
+}
+
 # Waits until EC2 announces that it takes this spot machine back, and has Slurm give it no more jobs.
 watch_spot() {
     until notice=$(metadata spot/instance-action 2>/dev/null); do
         sleep 5
     done
     when=$(echo "$notice" | tr -d '\n' | sed -n 's/.*"time" *: *"\([^"]*\)".*/\1/p')
-    until SLURM_CONF=/run/slurm/conf/slurm.conf scontrol update "nodename=$NODE" state=drain \
-        "reason=schlouder: spot reclaim at $when"; do
+    until ask_slurm update "nodename=$NODE" state=drain "reason=schlouder: spot reclaim at $when"; do
         sleep 1
     done
+}
+
+# Whole seconds on the one clock here that nobody sets.
+uptime() {
+    read -r up _ <"$PROC/uptime"
+    echo "${up%.*}"
+}
+
+# The lease in the comment of the own node record, as its seconds and the comment; nothing if there is none. Only
+# what the owner itself writes counts (Lease.text in lease.py), and only numbers.
+read_lease() {
+    [ -s "$NODE_FILE" ] || return 0
+    ask_slurm show node "$(cat "$NODE_FILE")" | sed -nE -e \
+        's/^ *Comment=(schlouder run=[^[:space:]]+ lease=(0|[1-9][0-9]{0,8}) at=[0-9]+( kept)?) *$/\2 \1/p'
+}
+
+# Whether a job runs here. Newer releases keep one more slurmstepd, for cgroups.
+has_job() {
+    for comm in "$PROC"/[0-9]*/comm; do
+        { read -r name <"$comm"; } 2>/dev/null || continue
+        if [ "$name" = slurmstepd ] && ! grep -qs infinity "${comm%comm}cmdline"; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+# Whether little is left of the paid unit. The meter runs about as long as the first process, whose start
+# /proc tells in hundredths of a second.
+is_unit_over() {
+    [ "$SCHLOUDER_UNIT" -gt 120 ] || return 0
+    read -r stat <"$PROC/1/stat"
+    # shellcheck disable=SC2086 # fields; the one before the last parenthesis is a name that may have blanks
+    set -- ${stat##*) }
+    [ $((($(uptime) - ${20} / 100) % SCHLOUDER_UNIT)) -ge $((SCHLOUDER_UNIT - 120)) ]
+}
+
+# Powers off unless Slurm has given this machine a job meanwhile.
+leave() {
+    echo "$(date) the lease is over"
+    if [ -s "$NODE_FILE" ]; then
+        ask_slurm update "nodename=$(cat "$NODE_FILE")" state=drain 'reason=schlouder: the lease is over'
+        sleep 5
+    fi
+    has_job || shutdown -h now
+}
+
+# Ends this machine when its lease is over and no job runs here. Needs neither the cloud's word nor Slurm's: what
+# does not answer renews nothing. A lease counts from when its comment was first seen, by this machine's clock.
+watch_lease() {
+    set +e
+    trap '' HUP
+    # A job that takes all memory must not end this.
+    echo -1000 >/proc/self/oom_score_adj
+    seen='' since=$(uptime) lease=$SCHLOUDER_FIRST_LEASE
+    while :; do
+        pause=$((lease / 20))
+        [ "$pause" -le 30 ] || pause=30
+        [ "$pause" -ge 1 ] || pause=1
+        sleep "$pause"
+        told=$(read_lease)
+        if [ -n "$told" ] && [ "$told" != "$seen" ]; then
+            seen=$told since=$(uptime) lease=${told%% *}
+        fi
+        if [ $(($(uptime) - since)) -ge "$lease" ] && ! has_job && is_unit_over; then
+            leave
+        fi
+    done
+}
+
+# Booted again, this machine would have neither slurmd nor a watch. Not so an image that is made of it.
+end_at_reboot() {
+    if [ -d "$CLOUD_INIT/scripts/per-boot" ] && [ -d "$CLOUD_INIT/instance" ]; then
+        mark=$CLOUD_INIT/instance/schlouder script=$CLOUD_INIT/scripts/per-boot/schlouder
+        touch "$mark"
+        printf '#!/bin/sh\n[ ! -e %s ] || shutdown -h now\n' "$mark" >"$script"
+        chmod 755 "$script"
+    fi
 }
 
 # A release as a number: 2205 for 22.05.
@@ -211,10 +296,15 @@ number() {
     echo "$1" | tr -d .
 }
 
+STEP='beginning to watch the lease'
+mkdir -p /var/log/slurm
+watch_lease </dev/null >>/var/log/slurm/lease.log 2>&1 &
+end_at_reboot
+
 STEP='installing packages'
 MISSING=
 need slurmd slurmd
-[ "$SCHLOUDER_MARKET" != spot ] || need scontrol slurm-client
+need scontrol slurm-client
 [ "$SCHLOUDER_AUTH" != munge ] || need munged munge
 [ -z "$SCHLOUDER_MOUNTS" ] || need mount.nfs nfs-common
 need curl curl
@@ -266,7 +356,8 @@ mount_file_systems
 STEP='naming the machine'
 hostname "$NODE"
 echo "$address $NODE" >>/etc/hosts
-install -d /var/spool/slurmd /var/log/slurm
+echo "$NODE" >"$NODE_FILE"
+install -d /var/spool/slurmd
 start_slurmd
 
 if [ "$SCHLOUDER_MARKET" = spot ]; then
