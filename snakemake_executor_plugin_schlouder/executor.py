@@ -267,6 +267,8 @@ class Executor(RemoteExecutor):
             info.auth,
             info.version,
             config.mounts,
+            config.boot_timeout + config.lease,
+            config.billing.unit,
         )
         markets = _markets(config, asked.values())
         cloud = connect(_ec2_settings(config, markets), join, this_owner(), self.logger.warning)
@@ -286,6 +288,7 @@ class Executor(RemoteExecutor):
             max_vms=config.max_vms,
             billing=config.billing,
             boot_timeout=config.boot_timeout,
+            lease=config.lease,
             goal=config.goal,
             sharing=config.sharing,
             order=config.order,

@@ -31,6 +31,9 @@ _TEMPLATE = r"[A-Za-z0-9()./_-]{3,128}(:(\d+|\$Latest|\$Default))?"
 _LARGEST_VOLUME = 65536
 """GiB of a gp3 volume."""
 
+_SHORTEST_LEASE, _LONGEST_LEASE = 30.0, 30 * 86400.0
+"""Seconds."""
+
 _MOST_TAGS = 46
 """Of 50; the rest are ours."""
 
@@ -166,7 +169,8 @@ class ExecutorSettings(ExecutorSettingsBase):
     image: Optional[str] = field(
         default=None,
         metadata=_setting(
-            "Machine image (AMI): one with munge and slurmd, or of Debian 12 or Ubuntu 24.04; see the docs.",
+            "Machine image (AMI): one with munge, slurmd and Slurm's commands, or of Debian 12 or Ubuntu "
+            "24.04; see the docs.",
             metavar="AMI",
         ),
     )
@@ -251,6 +255,14 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Seconds after which a VM that has not joined Slurm is given up.", metavar="S"
         ),
     )
+    lease: Optional[str] = field(
+        default="10m",
+        metadata=_setting(
+            "How long a VM stays when it hears nothing more of this run and no job runs there: a time such "
+            "as 10m, from 30s to 30d.",
+            metavar="TIME",
+        ),
+    )
     keep_logs: bool = field(
         default=False,
         metadata=_setting("Keep the logs and exit codes of jobs that succeeded."),
@@ -304,6 +316,7 @@ class Config:
     partition: str
     slurm_api: str
     boot_timeout: float
+    lease: float
     keep_logs: bool
     log_days: int
     record: str
@@ -330,6 +343,7 @@ def validated(settings: ExecutorSettings) -> Config:
     goal = _goal(settings, problems)
     tags = _tags(settings.tags, problems)
     mounts = _mounts(settings.mount, problems)
+    lease = _lease(settings.lease, problems)
     if problems:
         raise SchlouderError("\n".join(problems))
     return Config(
@@ -366,6 +380,7 @@ def validated(settings: ExecutorSettings) -> Config:
         partition=settings.partition or "",
         slurm_api=settings.slurm_api or "",
         boot_timeout=settings.boot_timeout or 0,
+        lease=lease,
         keep_logs=settings.keep_logs,
         log_days=settings.log_days or 0,
         record=settings.record or "",
@@ -452,6 +467,21 @@ def _mounts(text: Optional[str], problems: list[str]) -> tuple[Mount, ...]:
     except SchlouderError as error:
         problems.append(f"--schlouder-{error}")
         return ()
+
+
+def _lease(text: Optional[str], problems: list[str]) -> float:
+    """In seconds; adds to `problems` what is wrong with it."""
+    try:
+        lease = seconds("--schlouder-lease", text)
+    except SchlouderError as error:
+        problems.append(str(error))
+        return 0.0
+    if not _SHORTEST_LEASE <= lease <= _LONGEST_LEASE:
+        problems.append(
+            f"--schlouder-lease: {text!r} is not allowed; it must be from 30s, of which VMs and network "
+            "need some, to 30d"
+        )
+    return lease
 
 
 def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from workflows import Site, wait_for
+
+from snakemake_executor_plugin_schlouder.lease import Lease
+from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
 
 pytestmark = pytest.mark.integration
 
@@ -72,6 +76,17 @@ def runs(site: Site) -> list[int]:
     return [len(path.read_text().split()) for path in files(site, "runs.*")]
 
 
+def leases(site: Site) -> dict[str, Lease]:
+    found = parse_leases(site.slurm("scontrol", "--oneliner", "show", "node"))
+    return {node: lease for node, lease in found.items() if lease is not None}
+
+
+def user_data(site: Site, instance_id: str) -> str:
+    asked = {"InstanceId": instance_id, "Attribute": "userData"}
+    answer = site.ec2().describe_instance_attribute(**asked)
+    return base64.b64decode(answer["UserData"]["Value"]).decode()
+
+
 @pytest.mark.parametrize("moment", ["a VM boots", "a job is done"])
 def test_killed_and_started_again_every_job_runs_once_and_no_vm_is_started_twice(
     site: Site, moment: str
@@ -93,7 +108,10 @@ def test_killed_and_started_again_every_job_runs_once_and_no_vm_is_started_twice
 
 def test_what_ended_in_the_meantime_is_not_run_again(site: Site) -> None:
     site.write(workflow(2))
-    kill_when(site, lambda: bool(files(site, "runs.*")))
+    settings = ("--schlouder-lease", "2h", "--schlouder-boot-timeout", "700")
+    kill_when(site, lambda: bool(files(site, "runs.*") and leases(site)), *settings)
+    assert {lease.seconds for lease in leases(site).values()} == {7200}
+    assert all("SCHLOUDER_FIRST_LEASE=7900\n" in user_data(site, one) for one in site.alive())
     wait_for(lambda: not site.slurm("squeue", "--noheader"), lambda: "jobs still run")
     made = len(files(site, "runs.*"))
     assert made > 0

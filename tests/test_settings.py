@@ -13,7 +13,7 @@ import pytest
 from snakemake.cli import get_argument_parser as snakemakes_parser
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
-from snakemake_executor_plugin_schlouder import ExecutorSettings
+from snakemake_executor_plugin_schlouder import ExecutorSettings, lease
 from snakemake_executor_plugin_schlouder.model import Billing, Need, SchlouderError
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.settings import rule_settings, seconds, validated
@@ -27,6 +27,7 @@ def test_the_defaults_are_aws_billing_and_the_strategy_that_was_measured_best() 
     config = validated(given())
     assert (config.strategy, config.order) == ("fastest", "submission")
     assert config.billing == Billing(1, 60, 50)
+    assert config.lease == lease.DEFAULT
     assert config.instance_types == ("m5.large",)
 
 
@@ -83,6 +84,10 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
         ({"min_charge": -1.0}, "--schlouder-min-charge: -1.0"),
         ({"margin": -1.0}, "--schlouder-margin: -1.0"),
         ({"boot_timeout": 0.0}, "--schlouder-boot-timeout: 0.0"),
+        ({"lease": "29"}, "--schlouder-lease: '29' is not allowed; it must be from 30s"),
+        ({"lease": "31d"}, "--schlouder-lease: '31d' is not allowed"),
+        ({"lease": "soon"}, "--schlouder-lease: 'soon' is no duration; allowed are positive"),
+        ({"lease": None}, "--schlouder-lease: None is no duration"),
         ({"image": None}, "--schlouder-image: not given"),
         ({"launch_template": "a b"}, "--schlouder-launch-template: 'a b' is not allowed"),
         ({"launch_template": "lt-1:x"}, "--schlouder-launch-template: 'lt-1:x' is not allowed"),
@@ -174,6 +179,13 @@ def test_a_deadline_is_a_time_from_now_or_a_date() -> None:
 def test_a_budget_is_billed_time() -> None:
     config = validated(given(strategy="budget", budget="1.5h"))
     assert config.goal.budget == 5400
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("10m", 600), ("30", 30), ("0.5h", 1800), ("30d", 2592000)]
+)
+def test_a_lease_is_a_duration(text: str, value: float) -> None:
+    assert validated(given(lease=text)).lease == value
 
 
 @pytest.mark.parametrize("name", ["deadline", "budget"])
