@@ -449,9 +449,11 @@ class VM:
     def billed(self, billing: Billing, now: float) -> float:
         """Seconds on this run's bill."""
         total = billing.billed(max(0.0, self.uptime(now)))
-        if self.taken is None:
-            return total
-        return max(0.0, total - billing.billed(self.uptime(self.taken)))
+        return max(0.0, total - self.billed_before(billing))
+
+    def billed_before(self, billing: Billing) -> float:
+        """Seconds on the bills of earlier runs."""
+        return 0.0 if self.taken is None else billing.billed(self.uptime(self.taken))
 
     def idle_at(self, now: float) -> float:
         """Predicted date at which all that is planned for it is done. What runs longer than planned

@@ -429,7 +429,8 @@ class Planner:
         pool.room = self._room_for(pool, round_)
         pool.fleet.look(round_.now, self._boot_time(), pool.room > 0)
         if self._goal.budget < math.inf:
-            pool.spent = self._spent + self._spent_beside(pool, round_.now)
+            beside = self._spent + self._spent_beside(pool, round_.now)
+            pool.spent = beside - sum(vm.billed_before(self._billing) for vm in pool.fleet)
 
     def _spent_beside(self, pool: Pool, now: float) -> float:
         """Billed seconds of the VMs of all other pools, so far."""

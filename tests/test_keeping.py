@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fakes import World
 from rig import BIG, SMALL, Rig
 
+from snakemake_executor_plugin_schlouder import Executor, ExecutorSettings
 from snakemake_executor_plugin_schlouder.costs import Account, account, keeping_bill
 from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
 from snakemake_executor_plugin_schlouder.ec2.joining import Join, Mount
@@ -33,7 +35,8 @@ from snakemake_executor_plugin_schlouder.model import (
     TaskState,
     VMState,
 )
-from snakemake_executor_plugin_schlouder.pool import Announcement
+from snakemake_executor_plugin_schlouder.pool import Announcement, Goal
+from snakemake_executor_plugin_schlouder.settings import validated
 
 HOURS = Billing(3600, 0)
 SECONDS = Billing(1, 60)
@@ -349,6 +352,30 @@ def test_what_earlier_runs_have_paid_is_not_spent_again(shelf: Shelf, tmp_path: 
     assert second.cloud.launched == [] and books(second).usd == 0.0
 
 
+def test_a_budget_counts_what_this_run_adds(shelf: Shelf, tmp_path: Path) -> None:
+    """With the 1200 s that the VM has cost before, it would have to do everything alone."""
+    changes: dict[str, Any] = {"billing": SECONDS, "keep": TEN_MINUTES}
+    first = rig_of(tmp_path, "r1", shelf, **changes)
+    work(first, seconds=1200)
+    end(first)
+    second = rig_of(tmp_path, "r2", shelf, first.world, goal=Goal(budget=1500.0), **changes)
+    second.broker.expect([Announcement("budget", "rule", Need(2, 1000), 100.0)] * 4)
+    assert len(second.broker.take_kept()) == 1
+    second.give(4, "budget", seconds=100, need=Need(2, 1000), planned=100.0)
+    second.run(300)
+    assert second.states() == [TaskState.COMPLETE] * 4
+    assert len(second.cloud.launched) > 0 and books(second).billed <= 1500
+
+
+def test_gangs_are_not_kept(shelf: Shelf, tmp_path: Path) -> None:
+    rig = rig_of(tmp_path, "r1", shelf)
+    rig.give(1, "asap", need=Need(1, 1000, nodes=2))
+    rig.run(60)
+    assert rig.states() == [TaskState.COMPLETE]
+    end(rig)
+    assert rig.world.alive() == [] and shelf.offered(0) == []
+
+
 def test_a_vm_with_a_job_of_somebody_else_is_not_handed_over(shelf: Shelf, tmp_path: Path) -> None:
     rig = rig_of(tmp_path, "r1", shelf)
     work(rig)
@@ -611,3 +638,56 @@ def test_a_run_without_the_setting_takes_what_is_there_and_keeps_nothing(
     assert len(work(second)) == 1
     end(second)
     assert second.world.alive() == [] and owners(shelf, first, second) == []
+
+
+# -- what the executor makes of the settings
+
+
+def opened(**settings: Any) -> tuple[Shelf | None, list[str]]:
+    """The store that a run with these settings opens, and its warnings."""
+    executor = Executor.__new__(Executor)
+    executor._config = validated(ExecutorSettings(image="ami-1", **settings))
+    executor.logger = Mock()
+    shelf = executor._open_shelf(MARK)
+    return shelf, [call.args[0] for call in executor.logger.warning.call_args_list]
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "schlouder"
+
+
+def test_who_keeps_nothing_opens_no_store_unless_there_is_one(state: Path) -> None:
+    assert opened() == (None, [])
+    assert not state.exists()
+    assert opened(keep="10m")[0] is not None
+    assert opened()[0] is not None
+
+
+def test_a_setting_that_has_no_effect_is_told_once(state: Path) -> None:
+    _, told = opened(keep="paid")
+    assert len(told) == 1 and "units of 1 s (--schlouder-btu); no VM is kept" in told[0]
+    assert opened(keep="paid", btu=3600.0)[1] == opened(keep="10m")[1] == []
+
+
+def test_a_recorded_run_takes_and_keeps_nothing(state: Path) -> None:
+    opened(keep="10m")
+    record = str(state / "record.jsonl")
+    shelf, told = opened(keep="10m", record=record)
+    assert shelf is None and told == ["--schlouder-keep: a run that is recorded keeps no VMs."]
+    assert opened(record=record) == (None, [])
+
+
+def test_a_store_that_cannot_be_had_ends_no_run(state: Path) -> None:
+    state.parent.mkdir(exist_ok=True)
+    state.write_text("a file where the directory should be")
+    shelf, told = opened(keep="10m")
+    assert shelf is None and "no VM is taken over or kept" in told[0]
+
+
+def test_a_damaged_store_is_told(state: Path) -> None:
+    state.mkdir()
+    (state / "kept.sqlite").write_bytes(b"no database" * 100)
+    shelf, told = opened(keep="10m")
+    assert shelf is not None and "kept.sqlite could not be read; it was moved to" in told[0]

@@ -283,7 +283,7 @@ class Keeper:
     def _stays_for_others(self, vm: VM) -> float:
         """Seconds for which an idle VM is worth keeping for the next run, where it stands in nobody's way."""
         desk, config = self._desk, self._desk.config
-        if not desk.keeps_vms or desk.planner.is_starved:
+        if not desk.keeps_vms or desk.planner.is_starved or vm.nodes > 1:
             return 0.0
         idle_for = desk.now - (desk.now if vm.idle_since is None else vm.idle_since)
         return config.keep.left(config.billing, vm.uptime(desk.now), idle_for)
