@@ -121,7 +121,7 @@ class _World:
         self._machines += made
         return list(made)
 
-    def instances(self, run: str) -> list[Instance]:
+    def instances(self, *runs: str) -> list[Instance]:
         return self._machines
 
     def terminate(self, instance_ids: Sequence[str]) -> None: ...

@@ -84,23 +84,45 @@ def account(
 
 
 def bill_of(vm: VMRecord, used: Sequence[TaskRecord], billing: Billing, now: float) -> Bill:
-    """From what the cloud says of the meter; as far as it says nothing, from what was asked of it."""
-    begun = vm.requested if vm.meter is None else vm.meter
-    ended = vm.meter_end or vm.ended or now
-    seconds = max(0.0, ended - begun)
+    """From what the cloud says of the meter; as far as it says nothing, from what was asked of it. Of a VM
+    that an earlier run has handed over, what has come to its bill since then; the idle time between the two
+    with it."""
+    begun = _begun(vm)
+    since = begun if vm.taken is None else vm.taken
+    ended = max(since, vm.meter_end or vm.ended or now)
+    seconds = ended - since
     is_free = (
         vm.market == SPOT
         and vm.reason.startswith("Server.SpotInstance")
-        and seconds < FREE_WHEN_TAKEN
+        and ended - begun < FREE_WHEN_TAKEN
     )
-    units = 0 if is_free else max(billing.units(seconds), math.ceil(billing.minimum / billing.unit))
+    before = 0 if vm.taken is None else _units(billing, since - begun)
+    units = 0 if is_free else _units(billing, ended - begun) - before
     billed = units * billing.unit
-    idle = 1.0 - _busy(used, begun, ended) / seconds if seconds else 0.0
+    idle = 1.0 - _busy(used, since, ended) / seconds if seconds else 0.0
     usd = vm.price * billed / 3600 if vm.price is not None else None
     if vm.paid is not None and not is_free:
         usd = vm.paid
     normal = vm.list_price * billed / 3600 if vm.list_price is not None else None
     return Bill(vm.name, seconds, billed, units, idle, usd, usd if vm.market != SPOT else normal)
+
+
+def _begun(vm: VMRecord) -> float:
+    return vm.requested if vm.meter is None else vm.meter
+
+
+def _units(billing: Billing, uptime: float) -> int:
+    return max(billing.units(uptime), math.ceil(billing.minimum / billing.unit))
+
+
+def keeping_bill(vm: VMRecord, billing: Billing) -> float | None:
+    """USD that a VM which was handed over costs, beyond what the run has paid, if no run takes it. None:
+    nobody knows the price."""
+    begun, given, until = _begun(vm), vm.ended, vm.kept_until
+    if vm.price is None or given is None or until is None:
+        return None
+    units = _units(billing, until - begun) - _units(billing, given - begun)
+    return vm.price * units * billing.unit / 3600
 
 
 def spot_bills(
@@ -111,14 +133,23 @@ def spot_bills(
     found = {}
     for vm in vms:
         bill = bill_of(vm, (), billing, now)
-        begun = vm.requested if vm.meter is None else vm.meter
-        paid = history.paid(vm.instance_type, vm.zone, begun, begun + bill.seconds)
-        last = history.paid(
-            vm.instance_type, vm.zone, begun + bill.seconds, begun + bill.seconds + 1
-        )
-        if paid is not None and last is not None:
-            found[vm.name] = paid + last * (bill.billed - bill.seconds) if bill.units else 0.0
+        since = _begun(vm) if vm.taken is None else vm.taken
+        before = 0.0 if vm.taken is None else _spot_bill(vm, history, billing, vm.taken)
+        paid = _spot_bill(vm, history, billing, since + bill.seconds)
+        if paid is not None and before is not None:
+            found[vm.name] = paid - before if bill.units else 0.0
     return found
+
+
+def _spot_bill(vm: VMRecord, history: SpotHistory, billing: Billing, end: float) -> float | None:
+    """USD on the bill of a spot machine when it has been up until `end`."""
+    begun = _begun(vm)
+    paid = history.paid(vm.instance_type, vm.zone, begun, end)
+    last = history.paid(vm.instance_type, vm.zone, end, end + 1)
+    if paid is None or last is None:
+        return None
+    billed = _units(billing, end - begun) * billing.unit
+    return paid + last * (billed - (end - begun))
 
 
 def _busy(used: Iterable[TaskRecord], begun: float, ended: float) -> float:

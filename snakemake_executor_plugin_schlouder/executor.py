@@ -38,6 +38,7 @@ from .ec2.joining import Join
 from .history import Boot, History, Walltime, history_path
 from .job_files import Sweeper, names_to_remove, tail
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
+from .keeping import Mark, Shelf, shelf_path
 from .launcher import Limits
 from .market import catalog
 from .market.catalog import Catalog, Market
@@ -49,11 +50,11 @@ from .model import (
     ONLY,
     SPOT,
     VM,
+    VM_ENDED,
     InstanceType,
     SchlouderError,
     Task,
     TaskState,
-    VMState,
 )
 from .objects import Objects, Storage, has_credentials, shares_files
 from .objects import connect as connect_s3
@@ -215,6 +216,9 @@ class Executor(RemoteExecutor):
         self._give_back()
 
     def shutdown(self) -> None:
+        """The normal end of a run, after which idle VMs may stay for the next one."""
+        if self._broker is not None and not self._ending:
+            self._attempt(self._broker.hand_over)
         self._give_back()
         with self.lock:
             self.wait = False
@@ -228,12 +232,20 @@ class Executor(RemoteExecutor):
         if self._broker is None or self._journal is None:
             return
         self._ending = True
+        self._attempt(self._release)
+
+    def _release(self) -> None:
+        assert self._broker is not None and self._journal is not None
+        self._broker.release()
+        if self._broker.is_released:
+            self._journal.end_run(self._run, time.time())
+        self._end_sweeping(self._broker)
+        self._keep_history()
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """What goes wrong at the end of a run is told, and does not keep from ending."""
         try:
-            self._broker.release()
-            if self._broker.is_released:
-                self._journal.end_run(self._run, time.time())
-            self._end_sweeping(self._broker)
-            self._keep_history()
+            action()
         except Exception as error:
             self.logger.error(
                 f"schlouder: not everything could be given back: {error!r}. Look for instances "
@@ -271,7 +283,8 @@ class Executor(RemoteExecutor):
             config.billing.unit,
         )
         markets = _markets(config, asked.values())
-        cloud = connect(_ec2_settings(config, markets), join, this_owner(), self.logger.warning)
+        machines = _ec2_settings(config, markets)
+        cloud = connect(machines, join, this_owner(), self.logger.warning)
         offered = catalog.connect(cloud.client, config.type_table, self.logger.warning)
         market = self._market(asked, cloud, offered, markets)
         _check_sizes(asked, market)
@@ -297,6 +310,7 @@ class Executor(RemoteExecutor):
             limits=Limits(config.max_booting, config.max_spend),
             reclaims=self._preemptible_retries(),
             shares_files=self._shares_files,
+            keep=config.keep,
         )
         if objects is not None:
             self._objects = objects.of_run(self._run)
@@ -306,13 +320,19 @@ class Executor(RemoteExecutor):
         aws = "amazonaws.com" in cloud.endpoint
         self._place = cloud.region if aws else f"{cloud.region}, not AWS"
         makes = self._recorded(asked) if config.record and left is None else Broker
-        broker = self._make_broker(makes, broker_config, cloud, cluster, self._journal)
+        mark = Mark.of(
+            *(machines, join, config.billing),
+            *(config.partition, cloud.region, cloud.endpoint),
+        )
+        shelf = self._open_shelf(mark)
+        broker = self._make_broker(makes, broker_config, cloud, cluster, self._journal, shelf)
         broker.expect(self._announcements(asked))
         if left is not None:
             broker.adopt(left)
         self._broker = broker
         atexit.register(self._give_back)
         self._handle_signals()
+        self._tell_taken(broker.take_kept())
         self._warn_of_few_jobs(len(jobs))
 
     def _market(
@@ -365,6 +385,7 @@ class Executor(RemoteExecutor):
         cloud: Cloud,
         cluster: Cluster,
         journal: Journal,
+        shelf: Shelf | None,
     ) -> Broker:
         history = self._open_history()
         self._history, self._walltimes = history, history.walltimes()
@@ -378,6 +399,7 @@ class Executor(RemoteExecutor):
             boots=boots,
             walltimes=self._walltimes,
             **self._witnesses(),
+            **({} if shelf is None else {"shelf": shelf}),
         )
 
     def _witnesses(self) -> dict[str, Callable[..., Any]]:
@@ -461,7 +483,7 @@ class Executor(RemoteExecutor):
         return None
 
     def _tell_taken_over(self, run: str, left: Remains) -> None:
-        vms = sum(vm.state != VMState.GONE for vm in left.vms)
+        vms = sum(vm.state not in VM_ENDED for vm in left.vms)
         live = sum(task.state != TaskState.COMPLETE for task in left.tasks)
         self.logger.info(
             f"schlouder: run {run} was killed; this one goes on with its {vms} VMs, and waits for the "
@@ -478,6 +500,36 @@ class Executor(RemoteExecutor):
         settings = getattr(self.workflow, "dag_settings", None)
         forced = any(getattr(settings, name, False) for name in ("forceall", "forcerun"))
         return broker.claim(task, changed(job), is_made(job) and not forced)
+
+    def _open_shelf(self, mark: Mark) -> Shelf | None:
+        """Where VMs wait between two runs; None: this one takes none and keeps none."""
+        config, path = self._config, shelf_path()
+        if config.record:
+            if config.keep.is_on:
+                self.logger.warning("--schlouder-keep: a run that is recorded keeps no VMs.")
+            return None
+        if config.keep.is_on and not config.keep.has_effect(config.billing):
+            self.logger.warning(
+                f"--schlouder-keep paid: a VM is never paid for long enough ahead with units of "
+                f"{config.billing.unit:g} s (--schlouder-btu); no VM is kept. Give a duration instead."
+            )
+        if not config.keep.is_on and not path.exists():
+            return None
+        try:
+            shelf = Shelf(path, mark)
+        except SchlouderError as error:
+            self.logger.warning(f"{error}; no VM is taken over or kept")
+            return None
+        self._tell_set_aside("store of kept VMs", path, shelf.set_aside)
+        return shelf
+
+    def _tell_taken(self, vms: Sequence[VM]) -> None:
+        if vms:
+            many = "" if len(vms) == 1 else "s"
+            names = ", ".join(vm.name for vm in vms)
+            self.logger.info(
+                f"schlouder: {len(vms)} idle VM{many} of earlier runs are used: {names}."
+            )
 
     def _open_history(self) -> History:
         """What earlier runs took; without it predictions begin anew, and the run goes on."""

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .model import VM, InstanceType, Need, SchlouderError, Task, TaskState, VMState
+from .model import VM, VM_ENDED, InstanceType, Need, SchlouderError, Task, TaskState, VMState
 
-VERSION = 3
+VERSION = 4
 
 _OF_USE = (TaskState.COMPLETE, TaskState.SUBMITTED, TaskState.RUNNING)
 _VM = (
     "name, strategy, instance_type, token, state, instance_id, requested, ready, ended, reason, leader, "
-    "market, price, batch, zone, meter, meter_end, leaves_by, list_price"
+    "market, price, batch, zone, meter, meter_end, leaves_by, list_price, origin, taken, kept_until"
 )
 _TASK = (
     "key, jobid, rule, name, strategy, cpus, memory, gpus, nodes, runtime_limit, planned, state, received, "
@@ -40,11 +40,12 @@ CREATE TABLE runs (
     prices TEXT NOT NULL
 ) STRICT;
 CREATE TABLE vms (
-    name TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
+    name TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs, strategy TEXT NOT NULL,
     instance_type TEXT NOT NULL, token TEXT NOT NULL, state TEXT NOT NULL, instance_id TEXT,
     requested REAL NOT NULL, ready REAL, ended REAL, reason TEXT NOT NULL, leader TEXT,
     market TEXT NOT NULL, price REAL, batch TEXT NOT NULL, zone TEXT NOT NULL, meter REAL, meter_end REAL,
-    leaves_by REAL, list_price REAL, paid REAL
+    leaves_by REAL, list_price REAL, origin TEXT NOT NULL, taken REAL, kept_until REAL, paid REAL,
+    PRIMARY KEY (run, name)
 ) STRICT;
 CREATE TABLE tasks (
     key TEXT PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, jobid TEXT NOT NULL, rule TEXT NOT NULL,
@@ -58,7 +59,6 @@ CREATE TABLE tasks (
 CREATE TABLE events (
     run TEXT NOT NULL REFERENCES runs, time REAL NOT NULL, subject TEXT NOT NULL, what TEXT NOT NULL
 ) STRICT;
-CREATE INDEX vms_of_run ON vms (run);
 CREATE INDEX tasks_of_run ON tasks (run);
 """
 
@@ -103,6 +103,9 @@ class VMRecord:
     meter_end: float | None
     list_price: float | None
     paid: float | None
+    origin: str = ""
+    taken: float | None = None
+    kept_until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,9 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Remains:
-    """What a killed run has left: all its VMs, in the order of their request; the tasks that are complete
-    and then those that Slurm had, both in the order in which they came; and the highest number of a VM and of
-    a task."""
+    """What a killed run has left: all its VMs, in the order of their request, those that it had taken over
+    first; the tasks that are complete and then those that Slurm had, both in the order in which they came;
+    and the highest number of a VM that it started and of a task."""
 
     vms: list[VM]
     tasks: list[Task]
@@ -212,7 +215,7 @@ class Journal:
                 "INSERT INTO events VALUES (?, ?, ?, ?)", [(run, *event) for event in events]
             )
             db.executemany(
-                f"INSERT OR REPLACE INTO vms VALUES (?{', ?' * 20})",
+                f"INSERT OR REPLACE INTO vms VALUES (?{', ?' * 23})",
                 [_vm_row(run, vm) for vm in vms],
             )
             db.executemany(
@@ -240,8 +243,9 @@ class Journal:
         submitted tasks; the newest first."""
         with self._transaction() as db:
             left = db.execute(
-                "SELECT run FROM vms WHERE state != ? UNION SELECT run FROM tasks WHERE state IN (?, ?)",
-                (VMState.GONE, TaskState.SUBMITTED, TaskState.RUNNING),
+                "SELECT run FROM vms WHERE state NOT IN (?, ?) "
+                "UNION SELECT run FROM tasks WHERE state IN (?, ?)",
+                (*VM_ENDED, TaskState.SUBMITTED, TaskState.RUNNING),
             ).fetchall()
         return [
             record
@@ -278,11 +282,12 @@ class Journal:
                 (run, *_OF_USE, TaskState.COMPLETE),
             ).fetchall()
             keys = db.execute("SELECT key FROM tasks WHERE run = ?", (run,)).fetchall()
-        made = sorted((_vm_of(row, types) for row in vms), key=lambda vm: _number(vm.name))
+        made = [_vm_of(row, types) for row in vms]
+        made.sort(key=lambda vm: (not vm.origin, vm.origin, _number(vm.name)))
         return Remains(
             made,
             [_task_of(row) for row in tasks],
-            max((_number(vm.name) for vm in made), default=0),
+            max((_number(vm.name) for vm in made if not vm.origin), default=0),
             max((_number(key) for (key,) in keys), default=0),
         )
 
@@ -290,7 +295,7 @@ class Journal:
         """The run's VMs in the order of their request."""
         columns = (
             "name, strategy, instance_type, state, instance_id, requested, ready, ended, reason, leader, "
-            "market, price, zone, meter, meter_end, list_price, paid"
+            "market, price, zone, meter, meter_end, list_price, paid, origin, taken, kept_until"
         )
         with self._transaction() as db:
             rows = db.execute(
@@ -363,7 +368,8 @@ def _number(name: str) -> int:
 
 def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
     name, strategy, kind, token, state, instance_id, requested, ready, *rest = row
-    ended, reason, leader, market, price, batch, zone, meter, meter_end, leaves_by, listed = rest
+    ended, reason, leader, market, price, batch, zone, *more = rest
+    meter, meter_end, leaves_by, listed, origin, taken, kept_until = more
     return VM(
         name,
         strategy,
@@ -378,6 +384,9 @@ def _vm_of(row: tuple[Any, ...], types: Mapping[str, InstanceType]) -> VM:
         meter_end=meter_end,
         leaves_by=leaves_by,
         list_price=listed,
+        origin=origin,
+        taken=taken,
+        kept_until=kept_until,
         state=VMState(state),
         instance_id=instance_id,
         ready=ready,
@@ -442,6 +451,9 @@ def _vm_row(run: str, vm: VM) -> tuple[object, ...]:
         vm.meter_end,
         vm.leaves_by,
         vm.list_price,
+        vm.origin,
+        vm.taken,
+        vm.kept_until,
         None,
     )
 

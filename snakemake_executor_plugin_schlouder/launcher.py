@@ -69,7 +69,7 @@ class Launcher:
 
     def spent(self, vms: Iterable[VM], now: float) -> float:
         """USD on the bill so far."""
-        return sum(self._cost(vm, self._uptime(vm, now)) for vm in vms if vm.instance_id)
+        return sum(self._cost(vm, self._end(vm, now)) for vm in vms if vm.instance_id)
 
     def bound(self, vms: Iterable[VM], now: float) -> float:
         """USD that these VMs will have cost when all that is planned for them is done."""
@@ -77,16 +77,16 @@ class Launcher:
 
     def _until_done(self, vm: VM, now: float) -> float:
         if vm.ended is not None:
-            return self._uptime(vm, now)
+            return vm.ended
         up = max(now, vm.requested + vm.boot_planned) if vm.is_booting else now
         longest = max((task.walltime for task in (*vm.active.values(), *vm.queue)), default=0.0)
-        return max(0.0, vm.uptime(max(vm.idle_at(now), up + longest)))
+        return max(vm.idle_at(now), up + longest)
 
-    def _uptime(self, vm: VM, now: float) -> float:
-        return max(0.0, vm.uptime(now if vm.ended is None else vm.ended))
+    def _end(self, vm: VM, now: float) -> float:
+        return now if vm.ended is None else vm.ended
 
-    def _cost(self, vm: VM, uptime: float) -> float:
-        return self._billing.billed(uptime) / 3600 * (vm.price or 0.0)
+    def _cost(self, vm: VM, until: float) -> float:
+        return vm.billed(self._billing, until) / 3600 * (vm.price or 0.0)
 
     # -- which machines are asked for now
 

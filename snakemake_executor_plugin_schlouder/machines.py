@@ -7,14 +7,14 @@ import heapq
 import math
 from collections.abc import Iterator
 
-from .model import VM, VMState
+from .model import VM, VM_ENDED, VMState
 
 
 class Machines:
     """All VMs by name, in the order of their request; and sets of them, kept by `move` and `note`.
 
     `idle` are ready and have nothing to do, each with the date at which it may have to go (not companions,
-    which go with their leader); `alive` is how many are not gone, and count towards the cap.
+    which go with their leader); `alive` is how many are ours and not gone, and count towards the cap.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class Machines:
 
     def add(self, vm: VM) -> None:
         self._all[vm.name] = vm
-        self.alive += vm.state != VMState.GONE
+        self.alive += vm.state not in VM_ENDED
         self._in[vm.state][vm.name] = vm
         self.note(vm)
 
     def move(self, vm: VM, state: VMState) -> None:
         """Gives `vm` another state."""
         self._in[vm.state].pop(vm.name, None)
-        self.alive += (state != VMState.GONE) - (vm.state != VMState.GONE)
+        self.alive += (state not in VM_ENDED) - (vm.state not in VM_ENDED)
         vm.state = state
         self._in[state][vm.name] = vm
         self.note(vm)
@@ -62,7 +62,7 @@ class Machines:
         if ready and vm.queue:
             self._feedable[vm.name] = vm
         if vm.is_settled:
-            self._in[VMState.GONE].pop(vm.name, None)
+            self._in[vm.state].pop(vm.name, None)
 
     def having(self, *states: VMState) -> list[VM]:
         """VMs in one of these states; of those gone, the ones that Slurm still has."""

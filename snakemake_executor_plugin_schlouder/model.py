@@ -47,6 +47,7 @@ class VMState(StrEnum):
     DRAINING = "draining"
     TERMINATING = "terminating"
     GONE = "gone"
+    HANDED_OVER = "handed over"
 
 
 BOOTING = (VMState.PLANNED, VMState.REQUESTED, VMState.BOOTING)
@@ -61,6 +62,11 @@ class TaskState(StrEnum):
     COMPLETE = "complete"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+VM_ENDED = (VMState.GONE, VMState.HANDED_OVER)
+"""The states of a VM with which its run has nothing to do any more: its machine has ended, or is kept for
+another run."""
 
 
 TASK_ENDED = frozenset({TaskState.COMPLETE, TaskState.FAILED, TaskState.CANCELLED})
@@ -316,7 +322,11 @@ class VM:
     planned for it, `active` what Slurm was given (by task key). `free_at` is the date at which all of it
     should be done, `unstarted` the seconds of it that have not begun. `ending` is set once the cloud itself
     says that the machine is on its way out, from when it costs nothing more; `node_deleted` once Slurm has
-    no record of it any more. `is_adopted`: another process asked for it, and was killed.
+    no record of it any more. `is_adopted`: another process asked for it, and was killed, or is done with it.
+
+    A VM may be handed over from run to run. `kept_until`: it was, by this run, and stays for another one
+    until then. `origin` is the run that has started it (empty: this one), and `taken` the date at which the
+    run before this one gave it away: what it costs from then on is this one's.
 
     A task may run on `nodes` machines together: on a leader, whose tasks they are, and on its companions,
     which have the leader's name as `leader` and nothing of their own in `queue` and `active`.
@@ -354,6 +364,9 @@ class VM:
     meter_end: float | None = None
     leaves_by: float | None = None
     list_price: float | None = None
+    origin: str = ""
+    taken: float | None = None
+    kept_until: float | None = None
 
     def __post_init__(self) -> None:
         self.free_at = self.requested + self.boot_planned
@@ -369,8 +382,10 @@ class VM:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing of it is left, neither machine nor node."""
-        return self.state == VMState.GONE and self.node_deleted
+        """Nothing of it is left, neither machine nor node, or it is not ours any more."""
+        return self.state == VMState.HANDED_OVER or (
+            self.state == VMState.GONE and self.node_deleted
+        )
 
     @property
     def is_unused(self) -> bool:
@@ -430,6 +445,15 @@ class VM:
     def uptime(self, now: float) -> float:
         """Seconds the provider counts."""
         return now - self.billed_from
+
+    def billed(self, billing: Billing, now: float) -> float:
+        """Seconds on this run's bill."""
+        total = billing.billed(max(0.0, self.uptime(now)))
+        return max(0.0, total - self.billed_before(billing))
+
+    def billed_before(self, billing: Billing) -> float:
+        """Seconds on the bills of earlier runs."""
+        return 0.0 if self.taken is None else billing.billed(self.uptime(self.taken))
 
     def idle_at(self, now: float) -> float:
         """Predicted date at which all that is planned for it is done. What runs longer than planned

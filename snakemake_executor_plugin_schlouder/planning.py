@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from . import order, strategies
 from .fleet import Fleet
@@ -44,6 +45,14 @@ class Plan:
     failed: list[tuple[Task, str]] = field(default_factory=list)
     started: list[VM] = field(default_factory=list)
     broken: str = ""
+
+
+class Wanted(NamedTuple):
+    """A machine that tasks of a strategy look for: the name of its type, and its market."""
+
+    strategy: str
+    type: str
+    market: str
 
 
 class Planner:
@@ -162,6 +171,17 @@ class Planner:
         """Whether idle VMs wait for tasks that will not come: all that were announced are here, and
         units are too short to wait for the end of one."""
         return self._billing.unit <= self._boot_time() and not any(self._futures.values())
+
+    def looks_for(self, now: float) -> Counter[Wanted]:
+        """The machines that the announced tasks will look for, and of each kind how many could be used: one
+        for each task, or a single one where all tasks of a strategy go to one machine after the other."""
+        found: Counter[Wanted] = Counter()
+        for (name, need, spot), count in self._counts.items():
+            offer = self._offer(name, need, spot, now) if need.nodes == 1 else None
+            if offer is not None:
+                wanted = Wanted(name, offer.kind.name, offer.market)
+                found[wanted] = 1 if self.strategy(name).one_type else found[wanted] + count
+        return found
 
     def next_look(self) -> float:
         """When the passing of time alone makes a plan void; infinite: never."""
@@ -409,7 +429,8 @@ class Planner:
         pool.room = self._room_for(pool, round_)
         pool.fleet.look(round_.now, self._boot_time(), pool.room > 0)
         if self._goal.budget < math.inf:
-            pool.spent = self._spent + self._spent_beside(pool, round_.now)
+            beside = self._spent + self._spent_beside(pool, round_.now)
+            pool.spent = beside - sum(vm.billed_before(self._billing) for vm in pool.fleet)
 
     def _spent_beside(self, pool: Pool, now: float) -> float:
         """Billed seconds of the VMs of all other pools, so far."""
@@ -418,7 +439,7 @@ class Planner:
 
     def _billed(self, vm: VM, now: float) -> float:
         """Billed seconds of `vm` and its companions."""
-        return self._billing.billed(vm.uptime(now)) * vm.nodes
+        return vm.billed(self._billing, now) * vm.nodes
 
     def _boot_time(self, after: int = 0) -> float:
         """Predicted seconds of a boot requested after so many others now."""
@@ -483,17 +504,20 @@ class Planner:
     def _offer_for(self, task: Task, now: float) -> Offer | None:
         """The cheapest one for tasks like this; for a one-type strategy, one for everything known to use
         it, else as if there were only this task. None: there is none now."""
-        only = self._offers.only(task.need, task.spot)
+        return self._offer(task.strategy, task.need, task.spot, now)
+
+    def _offer(self, name: str, need: Need, spot: str, now: float) -> Offer | None:
+        only = self._offers.only(need, spot)
         if only is not None:
             return only
-        strategy = self.strategy(task.strategy)
+        strategy = self.strategy(name)
         if strategy.one_type:
-            needs = [task.need, *self._expected.get(task.strategy, set())]
-            if offer := self._offers.choose_one(needs, task.spot, now):
+            needs = [need, *self._expected.get(name, set())]
+            if offer := self._offers.choose_one(needs, spot, now):
                 return offer
-        count = self._counts[task.strategy, task.need, task.spot]
+        count = self._counts[name, need, spot]
         alone = not (self._sharing and strategy.reuses_vms)
-        return self._offers.choose(Demand(task.need, task.spot, max(1, count), alone), now)
+        return self._offers.choose(Demand(need, spot, max(1, count), alone), now)
 
 
 @dataclass

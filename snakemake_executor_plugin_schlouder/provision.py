@@ -49,6 +49,7 @@ _LAUNCHES_AT_ONCE = 8
 _TERMINATE_BATCH = 500
 _DESCRIBE_PAGE = 200
 _TAG_VALUE = 256
+_FILTER_VALUES = 200
 
 _NEEDING = {"iam:PassRole": "IamInstanceProfile", "ec2:CreateTags": "TagSpecifications"}
 """The parameters of RunInstances that need a right of their own."""
@@ -135,8 +136,9 @@ class Cloud(Protocol):
         """Starts the machines; one outcome each, in order. Never raises for a single machine."""
         ...
 
-    def instances(self, run: str) -> list[Instance]:
-        """Every machine tagged as started by `run`, ended ones included; raises CloudUnavailable."""
+    def instances(self, *runs: str) -> list[Instance]:
+        """Every machine tagged as started by one of these runs, ended ones included; raises
+        CloudUnavailable."""
         ...
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
@@ -261,16 +263,18 @@ class Ec2Cloud:
             for launch, request in zip(launches, requests, strict=True)
         ]
 
-    def instances(self, run: str) -> list[Instance]:
-        if self._abilities.tags_on_launch:
-            found = describe(self._ec2, Filters=[{"Name": f"tag:{TAG_RUN}", "Values": [run]}])
-            return [instance_of(described) for described in found]
-        return [
-            self._recognized(described, run)
-            for described in describe(self._ec2)
-            if tags_of(described).get(TAG_RUN) == run
-            or described.get("ClientToken", "").startswith(_mark(run))
-        ]
+    def instances(self, *runs: str) -> list[Instance]:
+        if not self._abilities.tags_on_launch:
+            return [
+                self._recognized(described, run)
+                for described in describe(self._ec2)
+                if (run := _run_of(described, runs))
+            ]
+        found: list[Any] = []
+        for start in range(0, len(runs), _FILTER_VALUES):
+            names = list(runs[start : start + _FILTER_VALUES])
+            found += describe(self._ec2, Filters=[{"Name": f"tag:{TAG_RUN}", "Values": names}])
+        return [instance_of(described) for described in found]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
         terminate(self._ec2, instance_ids)
@@ -619,6 +623,13 @@ def _unavailable(failure: Exception) -> CloudUnavailable:
 
 def tags_of(described: Mapping[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in described.get("Tags", [])}
+
+
+def _run_of(described: Mapping[str, Any], runs: Sequence[str]) -> str:
+    """Which of these runs has started the machine, by its tag or by the token of its launch; empty: none."""
+    token = described.get("ClientToken", "")
+    tag = tags_of(described).get(TAG_RUN)
+    return next((run for run in runs if tag == run or token.startswith(_mark(run))), "")
 
 
 def instance_of(described: Mapping[str, Any]) -> Instance:

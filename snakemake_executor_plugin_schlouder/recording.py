@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
+from .keeping import Keep
 from .launcher import Limits
 from .lease import Lease
 from .market.tariff import Tariff
@@ -109,7 +110,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
         *(ClusterInfo, ClusterView, Exit, Instance, JobStatus, NodeStatus),
         *(CloudUnavailable, Throttled, NoCapacity, QuotaReached, LaunchRefused, TokenSpent),
         *(ClusterUnavailable, SubmissionRefused, JobPhase, TaskState, OSError),
-        *(WitnessSilent, Limits, Tariff, sqlite3.Error, Path),
+        *(WitnessSilent, Limits, Keep, Tariff, sqlite3.Error, Path),
     )
 }
 
@@ -273,8 +274,8 @@ class TapedCloud:
         asked = [f"{request.node} {request.type.name}" for request in requests]
         return self.tape.call("cloud.launch", asked, lambda: _there(self.real).launch(requests))
 
-    def instances(self, run: str) -> list[Instance]:
-        return self.tape.call("cloud.instances", None, lambda: _there(self.real).instances(run))
+    def instances(self, *runs: str) -> list[Instance]:
+        return self.tape.call("cloud.instances", None, lambda: _there(self.real).instances(*runs))
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
         ids = list(instance_ids)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .costs import IDLE, Account, Bill, account
+from .costs import IDLE, Account, Bill, account, keeping_bill
 from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
 from .model import SPOT, Billing, SchlouderError, TaskState, VMState
 
@@ -123,7 +123,7 @@ def run_report(journal: Journal, run: str) -> RenderableType:
         if vm.instance_id is None and vm.state == VMState.GONE and not ran:
             void.append(vm)
             continue
-        parts.append(Text(f"\n{_vm_lines(vm, bills.get(vm.name))}", style="bold"))
+        parts.append(Text(f"\n{_vm_lines(vm, bills.get(vm.name), billing)}", style="bold"))
         parts.append(_task_table(ran) if ran else Text(" nothing ran here to its end"))
     if void:
         parts.append(Text(f"\n{_count(void, 'VM')} more asked for and not started"))
@@ -223,7 +223,7 @@ def _run_line(run: RunRecord, vms: list[VMRecord], tasks: list[TaskRecord]) -> s
     complete = sum(1 for task in tasks if task.state == "complete")
     end = run.ended or time.time()
     started = [vm for vm in vms if vm.instance_id is not None]
-    uptime = sum((vm.ended or end) - vm.requested for vm in started)
+    uptime = sum((vm.ended or end) - (vm.taken or vm.requested) for vm in started)
     return (
         f"schlouder run {run.run} of {_stamp(run.started)}: {complete} of {len(tasks)} jobs complete "
         f"in {end - run.started:.0f} s, {_count(started, 'VM')}, {uptime:.0f} VM seconds"
@@ -264,10 +264,15 @@ def _usd(amount: float) -> str:
     return f"{amount:.2f} USD" if abs(amount) >= 10 else f"{amount:.4f} USD"
 
 
-def _vm_lines(vm: VMRecord, bill: Bill | None) -> str:
-    """Name and boot; what it is, and what it cost; why it ended, if there is a reason."""
+def _vm_lines(vm: VMRecord, bill: Bill | None, billing: Billing) -> str:
+    """Name and boot; what it is, and what it cost; why it ended, if there is a reason, or how long it stays
+    for another run."""
     boot = "never joined" if vm.ready is None else f"+ {vm.ready - vm.requested:.0f} seconds"
+    if vm.taken is not None:
+        boot = f"kept by an earlier run since {_clock(vm.taken)}"
     reason = f"\n {vm.reason}" if vm.reason else ""
+    if vm.state == VMState.HANDED_OVER:
+        reason += f"\n {_kept(vm, billing)}"
     state = "terminated" if vm.state == VMState.GONE else vm.state
     header = f"{vm.instance_id or 'not started'} - {vm.name} ({_clock(vm.requested)}) {boot}"
     gang = f", companion of {vm.leader}" if vm.leader else ""
@@ -278,6 +283,12 @@ def _vm_lines(vm: VMRecord, bill: Bill | None) -> str:
         cost = f", {bill.units} unit{'' if bill.units == 1 else 's'}"
         cost += f" = {_usd(bill.usd)}" if bill.usd is not None else ""
     return f"{header}\n [{vm.instance_type}{market}{where}, {state}{gang}{cost}]{reason}"
+
+
+def _kept(vm: VMRecord, billing: Billing) -> str:
+    usd = keeping_bill(vm, billing)
+    cost = "" if usd is None else f"; if none takes it, that costs {_usd(usd)} more"
+    return f"stays for the next run until {_clock(vm.kept_until)}{cost}"
 
 
 def _task_table(tasks: list[TaskRecord]) -> RenderableType:

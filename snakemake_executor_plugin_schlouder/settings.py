@@ -17,6 +17,7 @@ from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from . import order, strategies
 from .ec2.joining import ClusterKey, Mount, parse_mounts
+from .keeping import NEARLY_OVER, Keep
 from .model import NEVER, ONLY, PREFER, Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
 from .resources import demand, known
@@ -263,6 +264,15 @@ class ExecutorSettings(ExecutorSettingsBase):
             metavar="TIME",
         ),
     )
+    keep: Optional[str] = field(
+        default="off",
+        metadata=_setting(
+            "How long idle VMs stay for the next run of the same user and host with the same cluster and "
+            "kind of VMs: paid (to the end of the paid billing unit), a duration such as 10m from the end "
+            "of the run, or off.",
+            metavar="paid|DURATION|off",
+        ),
+    )
     keep_logs: bool = field(
         default=False,
         metadata=_setting("Keep the logs and exit codes of jobs that succeeded."),
@@ -317,6 +327,7 @@ class Config:
     slurm_api: str
     boot_timeout: float
     lease: float
+    keep: Keep
     keep_logs: bool
     log_days: int
     record: str
@@ -344,6 +355,7 @@ def validated(settings: ExecutorSettings) -> Config:
     tags = _tags(settings.tags, problems)
     mounts = _mounts(settings.mount, problems)
     lease = _lease(settings.lease, problems)
+    keep = _keep(settings.keep or "", problems)
     if problems:
         raise SchlouderError("\n".join(problems))
     return Config(
@@ -381,6 +393,7 @@ def validated(settings: ExecutorSettings) -> Config:
         slurm_api=settings.slurm_api or "",
         boot_timeout=settings.boot_timeout or 0,
         lease=lease,
+        keep=keep,
         keep_logs=settings.keep_logs,
         log_days=settings.log_days or 0,
         record=settings.record or "",
@@ -458,6 +471,23 @@ def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
     except SchlouderError as error:
         problems.append(f"--schlouder-{error}")
     return goal
+
+
+def _keep(text: str, problems: list[str]) -> Keep:
+    """Adds to `problems` what is wrong with it."""
+    if text in ("off", "paid"):
+        return Keep(is_paid=text == "paid")
+    try:
+        kept = Keep(seconds=seconds("--schlouder-keep", text, "or paid or off"))
+    except SchlouderError as error:
+        problems.append(str(error))
+        return Keep()
+    if kept.seconds <= NEARLY_OVER:
+        problems.append(
+            f"--schlouder-keep: {text!r} is too short for another run to take a VM; it must be more than "
+            f"{NEARLY_OVER:.0f} s, paid or off"
+        )
+    return kept
 
 
 def _mounts(text: Optional[str], problems: list[str]) -> tuple[Mount, ...]:

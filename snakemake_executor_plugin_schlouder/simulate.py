@@ -154,7 +154,7 @@ class _World:
             return self._recorded[index]
         return RecordedBoot(self._boots.predict(self._booting))
 
-    def instances(self, run: str) -> list[Instance]:
+    def instances(self, *runs: str) -> list[Instance]:
         return [node.instance for node in self.nodes.values()]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:

@@ -199,7 +199,6 @@ class FakeCloud:
         self.away = False
         self.launched: list[LaunchRequest] = []
         self.terminated: list[str] = []
-        self.run = ""
 
     def launch(self, requests: Sequence[LaunchRequest]) -> list[LaunchOutcome]:
         return [self._launch(request) for request in requests]
@@ -217,7 +216,7 @@ class FakeCloud:
         self.launched.append(request)
         instance_id = f"i-{len(self.world.machines):04d}"
         instance = Instance(
-            *(instance_id, request.node, self.run, "pending", request.type.name, ""),
+            *(instance_id, request.node, request.run, "pending", request.type.name, ""),
             market=request.market,
             zone=request.zone,
         )
@@ -226,10 +225,11 @@ class FakeCloud:
         )
         return instance
 
-    def instances(self, run: str) -> list[Instance]:
+    def instances(self, *runs: str) -> list[Instance]:
         if self.away:
             raise CloudUnavailable("away")
-        return [machine.instance for machine in self.world.machines.values()]
+        found = [machine.instance for machine in self.world.machines.values()]
+        return [instance for instance in found if instance.run in runs]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
         assert instance_ids, "an empty list means every instance to some callers"
@@ -307,7 +307,7 @@ class FakeSlurm:
                 *(job.started, job.ended),
             )
             for key, job in self.world.jobs.items()
-            if key not in self.forgotten
+            if key not in self.forgotten and job.request.run == run
         }
         for name, state in self.world.nodes.items():
             if state == "draining" and not (self.world.running_on(name) or name in self.foreign):
@@ -321,7 +321,7 @@ class FakeSlurm:
     def cancel_run(self, run: str) -> None:
         self._answer()
         for job in self.world.jobs.values():
-            if job.state in ("PENDING", "RUNNING"):
+            if job.request.run == run and job.state in ("PENDING", "RUNNING"):
                 job.state, job.ended = "CANCELLED", self.world.now
 
     def knows(self, slurm_id: str) -> bool:
@@ -355,7 +355,7 @@ class FakeSlurm:
             job.state, job.ended = "NODE_FAIL", self.world.now
 
     def renew(self, nodes: Iterable[str], lease: Lease) -> None:
-        self._answer()
+        self._answer("renew")
         self.world.leases.update(dict.fromkeys(self.world.nodes.keys() & set(nodes), lease))
 
     def delete(self, node: str) -> bool:

@@ -11,6 +11,7 @@ from fakes import FakeCloud, FakeSlurm, World
 
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
+from snakemake_executor_plugin_schlouder.keeping import Shelf
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
 from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of
 
@@ -21,8 +22,16 @@ BIG = InstanceType("m5.4xlarge", 16, 65536)
 class Rig:
     """A broker, its fake world, and everything that ended so far."""
 
-    def __init__(self, directory: Path, **changes: object) -> None:
-        self.world = World()
+    def __init__(
+        self,
+        directory: Path,
+        world: World | None = None,
+        shelf: Shelf | None = None,
+        **changes: object,
+    ) -> None:
+        """`world` and `shelf` are those of an earlier run, if there was one."""
+        self.world = world or World()
+        self.shelf = shelf
         self.cloud = FakeCloud(self.world)
         self.slurm = FakeSlurm(self.world)
         self.journal = Journal(":memory:")
@@ -37,7 +46,9 @@ class Rig:
         )
         self.config = replace(config, **changes)  # type: ignore[arg-type]
         self.config.files.mkdir(parents=True)
-        self.journal.begin_run(RunRecord("r1", str(directory), "h", 1, "r", "e", "s", 0.0))
+        self.journal.begin_run(
+            RunRecord(self.config.run, str(directory), "h", 1, "r", "e", "s", 0.0)
+        )
         self.witness: Callable[[str], Exit | None] = exit_of
         self.broker = self.make_broker()
         self.ended: dict[str, Task] = {}
@@ -56,6 +67,7 @@ class Rig:
             witness=lambda exit_file: self.witness(exit_file),
             revoke=self._revoke,
             begun=self._begun,
+            shelf=self.shelf,
         )
 
     def _revoke(self, exit_file: str) -> bool:
@@ -80,7 +92,7 @@ class Rig:
         """One that is not handed over yet."""
         self.made += 1
         task = Task(
-            key=f"r1-{self.made}",
+            key=f"{self.config.run}-{self.made}",
             name=f"task{self.made}",
             rule="rule",
             jobid=str(self.made),
@@ -108,6 +120,7 @@ class Rig:
 
 
 def _key(exit_file: str) -> str:
-    """`3-rule.1.exit` is that of r1-3.1."""
-    number, attempt = Path(exit_file).name.split("-rule.")
-    return f"r1-{number}.{attempt.removesuffix('.exit')}"
+    """`r1/3-rule.1.exit` is that of r1-3.1."""
+    path = Path(exit_file)
+    number, attempt = path.name.split("-rule.")
+    return f"{path.parent.name}-{number}.{attempt.removesuffix('.exit')}"

@@ -12,6 +12,7 @@ from snakemake_executor_plugin_schlouder.costs import (
     IDLE,
     account,
     bill_of,
+    keeping_bill,
     spot_bills,
 )
 from snakemake_executor_plugin_schlouder.journal import TaskRecord, VMRecord
@@ -121,6 +122,51 @@ def test_spot_machines_cost_the_price_of_their_time() -> None:
     short = spot_bills([vm(market=SPOT, meter_end=1010.0)], history, SECONDS, NOW)
     assert short == pytest.approx({"vm1": 60 * 0.0001})
     assert spot_bills([vm(market=SPOT, zone="b")], history, SECONDS, NOW) == {}
+
+
+@given(
+    values.sampled_from([SECONDS, HOURS, Billing(60, 60), Billing(3600, 60)]),
+    values.lists(values.floats(0, 9000), min_size=1, max_size=5),
+)
+def test_runs_that_hand_a_vm_on_pay_together_what_the_provider_bills(
+    billing: Billing, ends: list[float]
+) -> None:
+    dates = [1000 + sum(ends[: number + 1]) for number in range(len(ends))]
+    handed_on = [
+        replace(vm(ended=None, taken=taken), ended=end)
+        for taken, end in zip([None, *dates], dates, strict=False)
+    ]
+    bills = [bill_of(each, (), billing, NOW) for each in handed_on]
+    assert sum(bill.billed for bill in bills) == billing.billed(dates[-1] - 1000)
+    assert sum(bill.seconds for bill in bills) == pytest.approx(dates[-1] - 1000)
+    assert all(bill.units >= 0 for bill in bills)
+
+
+def test_under_hourly_billing_the_first_run_has_paid_the_hour_that_the_next_one_uses() -> None:
+    first = vm(ended=None, state="handed over")
+    first = replace(first, ended=2000.0, kept_until=4550.0)
+    assert bill_of(first, (), HOURS, NOW).units == 1
+    assert keeping_bill(first, HOURS) == 0.0
+    assert keeping_bill(first, SECONDS) == pytest.approx(2550 * 0.0001)
+    assert keeping_bill(replace(first, kept_until=5000.0), HOURS) == pytest.approx(0.36)
+    assert keeping_bill(replace(first, price=None), HOURS) is None
+    second = vm(ended=4600.0, taken=2000.0)
+    assert bill_of(second, (), HOURS, NOW).units == 0
+    third = vm(ended=4601.0, taken=2000.0)
+    assert bill_of(third, (), HOURS, NOW).units == 1
+
+
+def test_the_idle_time_between_two_runs_is_the_second_ones() -> None:
+    bill = bill_of(vm(ended=1500.0, taken=1200.0), [ran("a", 1400, 1475)], SECONDS, NOW)
+    assert (bill.seconds, bill.billed, bill.idle) == (300, 300, 0.75)
+
+
+def test_spot_prices_are_paid_by_the_run_of_their_time() -> None:
+    history = SpotHistory.of([("m5.large", "a", 0.0, 0.36), ("m5.large", "a", 1180.0, 0.72)])
+    first = replace(vm(market=SPOT), meter_end=None, ended=1180.0)
+    second = vm(market=SPOT, ended=1360.0, taken=1180.0)
+    assert spot_bills([first], history, SECONDS, NOW) == pytest.approx({"vm1": 180 * 0.0001})
+    assert spot_bills([second], history, SECONDS, NOW) == pytest.approx({"vm1": 180 * 0.0002})
 
 
 SPANS = values.lists(

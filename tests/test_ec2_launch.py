@@ -359,6 +359,16 @@ def test_an_instance_tells_its_node_market_zone_end_and_reason(ec2: Ec2) -> None
     assert (second.node, second.ended, second.market, second.reason) == ("n-9", None, ON_DEMAND, "")
 
 
+def test_machines_of_several_runs_are_asked_for_together_as_many_as_ec2_takes(ec2: Ec2) -> None:
+    runs = [f"r{number}" for number in range(201)]
+    for names in (runs[:200], runs[200:]):
+        asked = {"Filters": [{"Name": "tag:schlouder:run", "Values": names}], "MaxResults": ANY}
+        ec2.stub.add_response(
+            "describe_instances", {"Reservations": [{"Instances": [described(0)]}]}, asked
+        )
+    assert len(ec2.cloud.instances(*runs)) == 2
+
+
 def test_a_right_that_is_withdrawn_is_named_and_throttling_is_told_apart(ec2: Ec2) -> None:
     ec2.refuses("UnauthorizedOperation", "No.", "terminate_instances")
     with pytest.raises(CloudUnavailable, match="the right ec2:TerminateInstances is missing"):
@@ -523,6 +533,9 @@ def test_an_untagged_machine_is_known_by_its_token_and_tagged_later(bare: Ec2) -
     found = bare.cloud.instances("run")
     bare.stub.assert_no_pending_responses()
     assert [(i.id, i.node, i.run) for i in found] == [("i-n-1", "n-1", "run"), ("i-n-8", "", "run")]
+    bare.stub.add_response("describe_instances", {"Reservations": [{"Instances": there[1:]}]})
+    found = bare.cloud.instances("run", "other")
+    assert [(i.id, i.run) for i in found] == [("i-n-8", "run"), ("i-foreign", "other")]
 
 
 def test_a_cloud_that_drops_tags_in_silence_is_noticed(ec2: Ec2) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,43 @@ def test_a_task_over_several_vms_is_shown_on_each() -> None:
     assert "companion of node-1" in second
     assert "companion" not in first
     assert first.count("search chunk=1") == second.count("search chunk=1") == 1
+
+
+def test_a_vm_that_was_kept_is_in_the_books_of_both_runs() -> None:
+    journal = Journal(":memory:")
+    for run in ("r1", "r2"):
+        journal.begin_run(replace(RUN, run=run, unit=3600.0, minimum=0.0))
+    given = replace(machine(), state=VMState.HANDED_OVER, price=0.36, instance_id="i-0abc")
+    given.ready, given.ended, given.kept_until = 1006.0, 1100.0, 4549.0
+    taken = replace(given, state=VMState.READY, origin="r1", taken=1100.0, kept_until=None)
+    taken.ended = None
+    journal.write("r1", [given])
+    journal.write("r2", [replace(machine(), name="s-r2-7"), taken])
+    assert [vm.state for vm in journal.vms("r1")] == ["handed over"], "each run has its own record"
+    left = journal.remains("r2", {given.type.name: given.type})
+    assert [(vm.name, vm.origin, vm.taken) for vm in left.vms] == [
+        *((given.name, "r1", 1100.0), ("s-r2-7", "", None)),
+    ]
+    assert left.vm_count == 7
+    first = report.as_text(report.run_report(journal, "r1"))
+    until = time.strftime("%H:%M:%S", time.localtime(4549))
+    assert f"stays for the next run until {until}; if none takes it, that costs 0.0000 USD" in first
+    assert "handed over, 1 unit = 0.3600 USD]" in first
+    second = report.as_text(report.run_report(journal, "r2"))
+    assert (
+        f"kept by an earlier run since {time.strftime('%H:%M:%S', time.localtime(1100))}" in second
+    )
+
+
+def test_a_run_whose_vms_were_all_handed_over_has_left_nothing() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    journal = Journal(":memory:")
+    journal.begin_run(replace(RUN, pid=gone.pid))
+    journal.write("r1", [replace(machine(), state=VMState.HANDED_OVER)])
+    assert journal.killed_runs(RUN.host) == []
+    journal.write("r1", [replace(machine(), state=VMState.READY)])
+    assert [record.run for record in journal.killed_runs(RUN.host)] == ["r1"]
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rig import BIG, SMALL, Rig
 
-from snakemake_executor_plugin_schlouder.launcher import BATCH, Limits
+from snakemake_executor_plugin_schlouder.launcher import BATCH, Launcher, Limits
+from snakemake_executor_plugin_schlouder.market.offers import Offers
 from snakemake_executor_plugin_schlouder.market.tariff import Tariff
-from snakemake_executor_plugin_schlouder.model import ON_DEMAND, ONLY, Need, TaskState, VMState
+from snakemake_executor_plugin_schlouder.model import (
+    ON_DEMAND,
+    ONLY,
+    VM,
+    Billing,
+    Need,
+    TaskState,
+    VMState,
+)
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
     LaunchOutcome,
@@ -239,7 +249,7 @@ def lose_replies(rig: Rig, count: int) -> None:
 def hide_machines(rig: Rig, seconds: float) -> None:
     """Describe shows none of them for so long."""
     listed, shown = rig.cloud.instances, rig.world.now + seconds
-    rig.cloud.instances = lambda run: listed(run) if rig.world.now >= shown else []  # type: ignore[method-assign]
+    rig.cloud.instances = lambda *runs: listed(*runs) if rig.world.now >= shown else []  # type: ignore[method-assign]
 
 
 def test_machines_whose_launch_was_not_answered_count_as_booting(tmp_path: Path) -> None:
@@ -355,6 +365,18 @@ def test_what_is_spent_ends_the_run_but_not_what_runs(tmp_path: Path) -> None:
     assert 1 <= len(cancelled) <= 3
     assert rig.states().count(TaskState.COMPLETE) == 6 - len(cancelled)
     assert rig.world.alive() == []
+
+
+@pytest.mark.parametrize(("billing", "usd"), [(Billing(3600, 0), 0.10), (Billing(1, 60), 0.0125)])
+def test_of_a_vm_that_was_taken_over_what_has_come_to_its_bill_since_is_spent(
+    billing: Billing, usd: float
+) -> None:
+    """It was handed over after 3550 s; 4000 s after its start one more hour is begun, or 450 s are used."""
+    vm = VM("n", "asap", SMALL, 1000.0, price=0.10, instance_id="i-1", state=VMState.READY)
+    launcher = Launcher("r2", Offers((SMALL,), TARIFF), billing, Limits())
+    assert launcher.spent([replace(vm, taken=4550.0)], 5000.0) == pytest.approx(usd)
+    whole, first = launcher.spent([vm], 5000.0), launcher.spent([replace(vm, ended=4550.0)], 9e9)
+    assert launcher.spent([replace(vm, taken=4550.0)], 5000.0) == pytest.approx(whole - first)
 
 
 @pytest.mark.parametrize("quota", [1, 2, 5])

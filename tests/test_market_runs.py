@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from workflows import PATIENCE, Site, wait_for
+from workflows import PATIENCE, Site, node_of, wait_for
 
 from snakemake_executor_plugin_schlouder.costs import Account, account
 from snakemake_executor_plugin_schlouder.journal import Journal, VMRecord, journal_path
 from snakemake_executor_plugin_schlouder.localcloud.faults import Faults
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, Billing
+from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
 
 pytestmark = pytest.mark.integration
 
@@ -173,3 +175,40 @@ def test_a_limit_below_the_first_machine_is_told_before_it_starts(site: Site) ->
     assert "one-vm-for-all with --schlouder-spot" in done.stdout
     assert "no VM can be started: --schlouder-max-spend of 0.0001 USD" in done.stdout
     assert len(site.instances()) == before
+
+
+def test_three_runs_in_an_hour_use_one_vm_and_cost_one_hour(site: Site) -> None:
+    """Workflows of their own, of one user; the second and the third find the VM of the first."""
+    before = {instance["InstanceId"] for instance in site.instances()}
+    sites = [replace(site, directory=site.directory / name) for name in ("a", "b", "c")]
+    hourly = ("--schlouder-btu", "3600", "--schlouder-min-charge", "0", "--schlouder-keep", "paid")
+    try:
+        for each in sites:
+            each.directory.mkdir()
+            each.write(LONG.replace("sleep 14", "hostname >&2"))
+            done = each.run(*hourly, "--schlouder-strategy", "asap")
+            assert done.returncode == 0, done.stdout
+            assert "stays for the next run until" in done.stdout
+        (started,) = {instance["InstanceId"] for instance in site.instances()} - before
+        assert site.alive() == [started]
+        for each in sites[1:]:
+            assert [vm.instance_id for vm in vms_of(each)] == [started]
+        (bill,) = [entry for entry in site.cloud.meter() if entry.instance_id == started]
+        books = [books_of(each) for each in sites]
+        assert [account.units for account in books] == [1, 0, 0]
+        assert sum(account.billed for account in books) == Billing(3600, 0).billed(bill.seconds)
+        assert sum(account.usd or 0.0 for account in books) == pytest.approx(bill.usd_per_hour)
+        (lease,) = parse_leases(site.slurm("scontrol", "--oneliner", "show", "node")).values()
+        assert lease is not None and lease.kept and lease.run == run_of(sites[-1])[1]
+        assert bill.launched + 3000 < lease.until <= bill.launched + 3600 - 50
+    finally:
+        end_by_hand(site, [i for i in site.alive() if i not in before])
+
+
+def end_by_hand(site: Site, instances: list[str]) -> None:
+    nodes = [node_of(i) for i in site.instances() if i["InstanceId"] in instances]
+    if instances:
+        site.ec2().terminate_instances(InstanceIds=instances)
+    for node in nodes:
+        site.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=by hand")
+        site.slurm("scontrol", "delete", f"nodename={node}")

@@ -39,7 +39,7 @@ LOG = logging.getLogger("test")
 class RecordedRig(Rig):
     """As `Rig`, with every call of its broker in `path`."""
 
-    def __init__(self, directory: Path, **changes: object) -> None:
+    def __init__(self, directory: Path, **changes: Any) -> None:
         super().__init__(directory, **changes)
         self.path = directory / "run.jsonl"
         self.broker = self.recorded = RecordedBroker(

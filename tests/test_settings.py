@@ -14,6 +14,7 @@ from snakemake.cli import get_argument_parser as snakemakes_parser
 from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from snakemake_executor_plugin_schlouder import ExecutorSettings, lease
+from snakemake_executor_plugin_schlouder.keeping import Keep
 from snakemake_executor_plugin_schlouder.model import Billing, Need, SchlouderError
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.settings import rule_settings, seconds, validated
@@ -49,8 +50,28 @@ def test_lists_are_split_at_commas_and_blanks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("off", Keep()),
+        ("paid", Keep(is_paid=True)),
+        ("10m", Keep(seconds=600)),
+        ("90", Keep(seconds=90)),
+    ],
+)
+def test_vms_are_kept_as_paid_or_for_a_time(text: str, keep: Keep) -> None:
+    assert validated(given(keep=text)).keep == keep
+    assert not validated(given()).keep.is_on
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"keep": "on"}, "--schlouder-keep: 'on' is no duration; allowed are positive seconds or"),
+        (
+            {"keep": "1m"},
+            "--schlouder-keep: '1m' is too short for another run to take a VM; it must",
+        ),
+        ({"keep": None}, "--schlouder-keep: '' is no duration"),
         (
             {"strategy": "cheap"},
             "--schlouder-strategy: 'cheap' is unknown; known are afap, all-par-1lns, ",

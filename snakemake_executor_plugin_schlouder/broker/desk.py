@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import job_files, lease, order
 from ..gangs import Gangs
+from ..keeping import Keep
 from ..launcher import Launcher, Limits
 from ..machines import Machines
 from ..market.offers import Offer, Offers
@@ -43,7 +44,7 @@ class BrokerConfig:
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
     job may run, for Slurm, before its script begins. `shares_files`: whether the VMs see `workdir`; if not,
     exit-code files are only names, and Slurm's output stays on the VM. `lease`: seconds that a VM stays
-    without a word from us."""
+    without a word from us. `keep`: how long idle VMs stay for the next run."""
 
     run: str
     workdir: Path
@@ -65,6 +66,7 @@ class BrokerConfig:
     reserved: tuple[str, ...] = ()
     shares_files: bool = True
     lease: float = lease.DEFAULT
+    keep: Keep = field(default_factory=Keep)
 
     @property
     def job_name(self) -> str:
@@ -95,7 +97,7 @@ class BrokerConfig:
 class Desk:
     """`now` is the date of this round (s), `waiting` the tasks that no VM has, in their order;
     `is_stopping`: nothing further is started, for `why_stopping`. A machine whose launch was never answered
-    may show itself until `orphans_until`."""
+    may show itself until `orphans_until`. `keeps_vms`: idle ones may stay for the next run."""
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class Desk:
         self.is_stopping = False
         self.why_stopping = "the run is being ended"
         self.is_over = False
+        self.keeps_vms = False
         self.orphans_until = -math.inf
 
     def new_vm(self, strategy: str, offer: Offer, boot_time: float) -> VM:

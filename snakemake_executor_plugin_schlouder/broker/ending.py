@@ -56,7 +56,7 @@ class Ending:
         somebody else, by name. A job that could not be cancelled does nothing if it begins after all."""
         desk = self._desk
         names = [vm.name for vm in desk.machines.having(VMState.READY, VMState.DRAINING)]
-        if not self._cancel_jobs():
+        if not self.cancel_jobs():
             for task in self._attempts.submitted.values():
                 self._revoke(desk.config.exit_file(task))
         desk.try_cluster(lambda: desk.cluster.drain(names, "schlouder: the run has ended"))
@@ -66,7 +66,7 @@ class Ending:
             desk.log.warning(f"Slurm does not answer; VMs are given back all the same: {error}")
             return {}
 
-    def _cancel_jobs(self) -> bool:
+    def cancel_jobs(self) -> bool:
         """Once; False as long as Slurm has not heard of it."""
         self._is_cancelled = self._is_cancelled or self._desk.try_cluster(
             lambda: self._desk.cluster.cancel_run(self._desk.config.job_name)
@@ -137,7 +137,7 @@ class Ending:
 
     def _remove_nodes(self, vms: Sequence[VM]) -> None:
         """Not before Slurm has ended what was pinned to them, as in `Keeper`."""
-        if self._cancel_jobs():
+        if self.cancel_jobs():
             for vm in vms:
                 if not vm.node_deleted:
                     self._remove_node(vm)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .. import lease
-from ..model import BOOTING, FREE_WHEN_TAKEN, VM, Task, TaskState, VMState
+from ..model import BOOTING, FREE_WHEN_TAKEN, VM, VM_ENDED, Task, TaskState, VMState
 from ..provision import CloudUnavailable, Instance
 from ..slurm import ClusterView, NodeStatus
 from .desk import CONSISTENCY_WINDOW, Absences, Desk
@@ -68,16 +68,22 @@ class Keeper:
         """Brings the VMs up to what the cloud says; changes nothing, and is False, if it says nothing."""
         desk = self._desk
         self._described = desk.now
+        runs = (desk.config.run, *sorted(self._origins()))
         try:
-            listed = {instance.id: instance for instance in desk.cloud.instances(desk.config.run)}
+            listed = {instance.id: instance for instance in desk.cloud.instances(*runs)}
         except CloudUnavailable as error:
             desk.tell(f"EC2 does not answer, waiting for it: {error}")
             return False
         self._end_strays(listed.values())
         for vm in desk.machines:
-            if vm.instance_id is not None and vm.state != VMState.GONE:
+            if vm.instance_id is not None and vm.state not in VM_ENDED:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
         return True
+
+    def _origins(self) -> set[str]:
+        """The runs that have started machines which are this one's now."""
+        vms = self._desk.machines
+        return {vm.origin for vm in vms if vm.origin and vm.state not in VM_ENDED}
 
     def _end_strays(self, listed: Iterable[Instance]) -> None:
         """Machines of this run whose launch was never answered become their VM's, if that still waits for
@@ -286,12 +292,20 @@ class Keeper:
 
     def _may_leave(self, vm: VM) -> bool:
         desk = self._desk
-        if desk.is_stopping or not desk.planner.may_keep(vm):
-            return True
-        left = desk.planner.retires_in(vm, desk.now)
+        is_of_use = not desk.is_stopping and desk.planner.may_keep(vm)
+        left = desk.planner.retires_in(vm, desk.now) if is_of_use else 0.0
+        left = max(left, self._stays_for_others(vm))
         if left > 0:
             desk.machines.retire_at(vm, desk.now + left)
         return left <= 0
+
+    def _stays_for_others(self, vm: VM) -> float:
+        """Seconds for which an idle VM is worth keeping for the next run, where it stands in nobody's way."""
+        desk, config = self._desk, self._desk.config
+        if not desk.keeps_vms or desk.planner.is_starved or vm.nodes > 1:
+            return 0.0
+        idle_for = desk.now - (desk.now if vm.idle_since is None else vm.idle_since)
+        return config.keep.left(config.billing, vm.uptime(desk.now), idle_for)
 
     def renew_leases(self) -> None:
         """Of every VM that has joined; one that just has need not wait, for its first lease is longer."""
@@ -302,6 +316,11 @@ class Keeper:
         given = lease.Lease(desk.config.run, round(desk.config.lease), round(desk.now))
         if names and desk.try_cluster(lambda: desk.cluster.renew(names, given)):
             self._renewed = desk.now
+
+    @property
+    def leases_end(self) -> float:
+        """The date until which the VMs stay by the last word that they have had."""
+        return self._renewed + self._desk.config.lease
 
     # -- the end of a VM
 

@@ -3,6 +3,8 @@ node, and how long that has lasted, make one action. Pure: no clock, no I/O, not
 
     planned -> requested -> booting -> ready -> draining -> terminating -> gone
 
+At the end of a run a ready VM may be handed over to the next one, for which it is ready from the beginning.
+
 Every row holds just after a cold restart too, for a record is written before anything is done about it. What
 was done once is not done again: after its action a VM is in a state in which the same sight asks for no more
 than waiting, or for a question that may be repeated (a launch under its token, an end by its id).

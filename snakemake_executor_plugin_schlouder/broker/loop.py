@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..journal import Remains
+from ..keeping import Shelf
 from ..model import TASK_ENDED, VM, Task, TaskState, VMState
 from ..pool import Announcement
 from ..prediction import BootPredictor, Walltimes
@@ -20,6 +21,7 @@ from .attempts import Attempts
 from .claims import Claims
 from .desk import CONSISTENCY_WINDOW, BrokerConfig, Desk
 from .ending import Ending
+from .handover import HandOver
 from .keeper import LEAVING, NODE_MOVING, Keeper
 from .notebook import Books
 from .starting import Starter
@@ -31,7 +33,8 @@ _FEW = 4
 
 
 class Broker:
-    """`claim`, `submit`, `tick`, `stop`, `hurry` and `release` may be called from different threads."""
+    """`claim`, `submit`, `tick`, `stop`, `hurry`, `hand_over` and `release` may be called from different
+    threads."""
 
     def __init__(
         self,
@@ -48,11 +51,13 @@ class Broker:
         revoke: Callable[[str], bool] = revoke,
         begun: Callable[[str], bool] = has_begun,
         script: Callable[[str, str, str], str] = job_script,
+        shelf: Shelf | None = None,
     ) -> None:
         """`witness` reads how a job's script ended from the file it left, None if there is none, and raises
         WitnessSilent where that cannot be told; `revoke`
         forbids the script with this exit-code file to begin, and says whether it has begun, as `begun`
-        does; `script` writes one that runs a command and leaves its exit code in a file."""
+        does; `script` writes one that runs a command and leaves its exit code in a file. `shelf`: where VMs
+        wait for the next run; None: none are taken and none are kept."""
         self._clock = clock
         self._desk = desk = Desk(config, cloud, cluster, journal, log, clock(), boots, walltimes)
         self._attempts = Attempts(
@@ -69,6 +74,8 @@ class Broker:
         self._submission = Submission(desk, self._attempts, script, self._keeper.lose)
         self._claims = Claims(desk, self._attempts)
         self._ending = Ending(desk, self._attempts, self._keeper, clock, sleep, revoke)
+        self._handover = HandOver(desk, self._keeper, shelf, self._ending.cancel_jobs)
+        desk.keeps_vms = shelf is not None
         self._lock = threading.RLock()
         self._inbox: list[Task] = []
         self._unwritten: list[Task] = []
@@ -107,6 +114,13 @@ class Broker:
                 desk.planner.adopt(vm)
             desk.machines.note(vm)
 
+    def take_kept(self) -> list[VM]:
+        """Makes VMs that earlier runs have kept this one's, as far as the announced tasks will look for such;
+        before the first tick. Returns those that can be used."""
+        with self._lock:
+            self._desk.now = self._clock()
+            return self._handover.take()
+
     def has_left(self, identity: str) -> bool:
         """Whether a killed run left something that makes one of these results."""
         return self._claims.has_left(identity)
@@ -126,8 +140,9 @@ class Broker:
         self._inbox.extend(tasks)
 
     def stop(self) -> None:
-        """No further VM starts, and what Slurm has not got yet is dropped; what runs goes on."""
-        self._desk.is_stopping = True
+        """No further VM starts, and what Slurm has not got yet is dropped; what runs goes on.
+        No VM is kept for the next run."""
+        self._desk.is_stopping, self._desk.keeps_vms = True, False
 
     def tick(self) -> list[Task]:
         """One round. Returns the tasks that ended since the last one; raises nothing that a later
@@ -190,9 +205,16 @@ class Broker:
 
     def hurry(self) -> None:
         """The user waits for the end: Slurm is waited for only shortly from now on, also by a round that
-        another thread is in. Returns at once."""
-        self._desk.is_stopping = True
+        another thread is in. No VM is kept for the next run. Returns at once."""
+        self._desk.is_stopping, self._desk.keeps_vms = True, False
         self._desk.cluster.hurry()
+
+    def hand_over(self) -> None:
+        """At the normal end of a run, before `release`: idle VMs stay for the next one, as `keep` says."""
+        self._desk.is_stopping = True
+        with self._lock:
+            self._desk.now = self._clock()
+            self._handover.give()
 
     def release(self) -> None:
         """Cancels what still runs and gives every VM back. Idempotent; returns when the cloud has
