@@ -772,3 +772,15 @@ def test_machines_that_go_at_the_same_time_are_ended_by_one_call(rig: Rig) -> No
     rig.run(200)
     assert rig.states() == [TaskState.COMPLETE] * 6
     assert [len(call) for call in calls] == [6]
+
+
+def test_a_machine_that_ec2_does_not_list_for_a_minute_lives(rig: Rig) -> None:
+    """However old it is, and however often EC2 is asked because another one boots."""
+    rig.give(1, seconds=400)
+    rig.run(200)
+    rig.cloud.hidden["i-0000"] = rig.world.now + 60
+    rig.world.boot_time = 90
+    rig.give(1, seconds=20)
+    rig.run(300)
+    assert rig.states() == [TaskState.COMPLETE, TaskState.COMPLETE]
+    assert len(rig.world.jobs) == 2
