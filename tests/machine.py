@@ -927,17 +927,20 @@ class History(RuleBasedStateMachine):
             self._mend()
             self._abandon()
             return
+        unlisted = {m.instance.node for m in self.world.machines.values() if not self.is_listed(m)}
         self.world.pass_time(self.world.end_time + 1)
-        unknown = {
-            m.instance.node for m in self.world.machines.values() if m.listed > self.world.now
-        }
-        alive = set(self.world.alive()) - unknown
+        alive = set(self.world.alive()) - unlisted
         if alive:
             self._violates("I1", f"{sorted(alive)} live when the run has ended")
-        self._check_records()
+        self._check_records(unlisted)
+        self._abandon()
 
-    def _check_records(self) -> None:
-        """Every machine that was ever started is in the books."""
+    def is_listed(self, machine: Machine) -> bool:
+        """Whether EC2 would have told of it by now."""
+        return machine.listed <= self.world.now
+
+    def _check_records(self, unlisted: set[str]) -> None:
+        """Every machine that was ever started is in the books, as soon as EC2 tells of it."""
         known = {vm.name: vm.instance_id for vm in self.journal.vms(RUN)}
         for id, machine in self.world.machines.items():
             is_seen = machine.listed <= self.world.now - QUIET
