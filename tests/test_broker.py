@@ -821,3 +821,15 @@ def test_a_vm_that_ended_itself_while_its_owner_slept_is_not_billed_for_the_slee
     assert vm.state == VMState.GONE
     record = rig.journal.vms("r1")[0]
     assert bill_of(record, [], rig.config.billing, rig.world.now).units == 1
+
+
+def test_a_machine_that_ec2_does_not_list_for_a_minute_lives(rig: Rig) -> None:
+    """However old it is, and however often EC2 is asked because another one boots."""
+    rig.give(1, seconds=400)
+    rig.run(200)
+    rig.cloud.hidden["i-0000"] = rig.world.now + 60
+    rig.world.boot_time = 90
+    rig.give(1, seconds=20)
+    rig.run(300)
+    assert rig.states() == [TaskState.COMPLETE, TaskState.COMPLETE]
+    assert len(rig.world.jobs) == 2

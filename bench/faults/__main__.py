@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench.faults import everyday, load
+from bench.faults import crowd, everyday, histories, load
 from bench.rows import Row, finish
 
 FAULTS: Mapping[str, Callable[[], list[Row]]] = {
     "cloud": everyday.rows,
+    "histories": histories.rows,
     "load": load.rows,
+    "crowd": crowd.rows,
 }
 """What can be shown alone, by its name. Each returns its rows, with `ok` None where something is missing."""
 

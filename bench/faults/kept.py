@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.site import ROOT
 
-_SOURCES = ("snakemake_executor_plugin_schlouder", "bench/faults", "example_workflow")
+_SOURCES = ("snakemake_executor_plugin_schlouder", "bench/faults", "tests", "example_workflow")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ NODE_MOVING = (VMState.BOOTING, VMState.DRAINING, VMState.GONE)
 
 _MOVING = (*BOOTING, VMState.TERMINATING)
 _ABSENT_NODE = 20.0
-_ABSENT_DESCRIBES = 5
 _DESCRIBE_SELDOM = 15.0
 _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
@@ -49,7 +48,7 @@ class Keeper:
         self._take = take
         self._recall = recall
         self._absent_nodes = Absences()
-        self._absent_vms: dict[str, int] = {}
+        self._absent_vms = Absences()
         self._described = -math.inf
         self._renewed = -math.inf
 
@@ -117,7 +116,7 @@ class Keeper:
             machine = Machine.ABSENT if self._is_lost_from_sight(vm) else Machine.UNSEEN
             self._reconcile(vm, machine, "EC2 no longer lists the machine")
             return
-        self._absent_vms.pop(vm.name, None)
+        self._absent_vms.end(vm.name)
         if vm.meter is None:
             vm.meter = instance.launched
         if instance.is_alive:
@@ -155,9 +154,7 @@ class Keeper:
 
     def _is_lost_from_sight(self, vm: VM) -> bool:
         """Describe lags behind launches; absence counts only when it lasts (R8, R10)."""
-        seen = self._absent_vms[vm.name] = self._absent_vms.get(vm.name, 0) + 1
-        old = self._desk.now - vm.requested > CONSISTENCY_WINDOW
-        return seen >= _ABSENT_DESCRIBES and old
+        return self._absent_vms.last(vm.name, self._desk.now, CONSISTENCY_WINDOW)
 
     # -- what Slurm says
 
