@@ -7,6 +7,9 @@ import re
 _LONGEST = 200
 """Characters of a value in an error message."""
 
+_MOST = 300
+"""Characters of a cell of a table."""
+
 _DIGITS = 12
 """Python neither reads nor writes numbers of some thousands."""
 
@@ -33,6 +36,11 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """The same for what belongs into one line, such as a name."""
     return plain(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def brief(text: str) -> str:
+    """The same, not longer than a cell of a table bears."""
+    return one_line(text if len(text) <= _MOST else f"{text[:_MOST]}…")
 
 
 def _plain(character: str) -> str:

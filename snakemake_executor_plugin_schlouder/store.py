@@ -50,7 +50,7 @@ def opened(path: Path | str, schema: str, version: int) -> tuple[sqlite3.Connect
         return _connected(path, schema, version), None
     for directory in (state_directory(), path.parent):
         if path.is_relative_to(directory):
-            _make_private(directory)
+            make_private(directory)
     if distrusted(path):
         aside = _moved_aside(path)
         return _connected(path, schema, version), aside
@@ -107,7 +107,7 @@ def _tables(db: sqlite3.Connection) -> frozenset[tuple[object, ...]]:
     return frozenset((*things, *columns))
 
 
-def _make_private(directory: Path) -> None:
+def make_private(directory: Path) -> None:
     """Makes it, or closes it to others. PermissionError if it is somebody else's, who could put files
     there."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -80,8 +80,8 @@ _PLAIN_TEXT = (
     "quotes",
     "not ascii",
     "other digits",
+    *("an option", "a short option", "parents", "a pipe"),
 )
-_PLAIN_TEXT += ("an option", "a short option", "parents", "a pipe")
 _NAMES = {
     **NOT_GIVEN,
     **dict.fromkeys(("unknown", "large", "zero", "not ascii", "other digits"), SLURMS),
