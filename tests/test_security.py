@@ -23,7 +23,7 @@ import pytest
 from workflows import Site, as_nobody, vm_pids, wait_for
 
 from snakemake_executor_plugin_schlouder import report
-from snakemake_executor_plugin_schlouder.broker import reclaimed_by
+from snakemake_executor_plugin_schlouder.broker.sights import reclaimed_by
 from snakemake_executor_plugin_schlouder.history import History
 from snakemake_executor_plugin_schlouder.job_files import folder, make_folder, tail
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, journal_path
@@ -142,17 +142,18 @@ def with_a_log_that_is_a_link(path: Path) -> None:
 
 def changed_by(*statements: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
-        for kind in (Journal, History):
-            if ("journal" in path.name and kind is Journal) or (
-                "history" in path.name and kind is History
-            ):
-                kind(path).close()
+        stores: dict[str, Store] = {"journal": Journal, "history": History}
+        stores[path.stem](path).close()
         with sqlite3.connect(path) as db:
             for statement in statements:
                 db.execute(statement)
         db.close()
 
     return change
+
+
+def a_text(path: Path) -> None:
+    path.write_text("no database\n" * 400)
 
 
 def truncated(path: Path) -> None:
@@ -167,10 +168,9 @@ BAD_STORES: dict[str, Callable[[Path], None]] = {
     "a link": a_link,
     "a link to nothing": lambda path: path.symlink_to("/nonexistent/x"),
     "a pipe": a_pipe,
-    "a text": lambda path: path.write_text("no database\n" * 400) and None,  # type: ignore[func-returns-value]
+    "a text": a_text,
     "truncated": truncated,
     "another version": changed_by("PRAGMA user_version = 99"),
-    "an older version": changed_by("PRAGMA user_version = 1000000"),
     "no version": changed_by("PRAGMA user_version = 0"),
     "another table": changed_by("CREATE TABLE more (x)"),
     "a trigger": changed_by(
