@@ -297,7 +297,8 @@ class Account:
             MinCount=1,
             MaxCount=1,
             TagSpecifications=specification,
-            ClientToken=token or client_token("r", [uuid.uuid4().hex], "m5.large", "on-demand", "", 1),
+            ClientToken=token
+            or client_token("r", [uuid.uuid4().hex], "m5.large", "on-demand", "", 1),
         )
         return str(reply["Instances"][0]["InstanceId"])
 
