@@ -407,7 +407,7 @@ class SlurmCommands:
             ]
         )
         found: dict[str, list[tuple[str, str]]] = {}
-        for line in listed.splitlines():
+        for line in listed.removesuffix("\n").split("\n") if listed else ():
             slurm_id, _, rest = line.partition("|")
             of_job, _, name = rest.partition("|")
             for node in self._expand(of_job):
