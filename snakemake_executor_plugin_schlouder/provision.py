@@ -163,12 +163,14 @@ def client_token(
 
 
 def is_launch_of_ours(described: Mapping[str, Any], endpoint: str) -> bool:
-    """Whether schlouder has launched this machine, for all that can be told besides its tags: these can be
-    put onto any machine of the account, the token of its launch cannot. Clouds other than AWS may not tell
-    it."""
+    """Whether the run that a machine's tags name has launched it, for all that can be told besides its tags:
+    these can be put onto any machine of the account, the token of its launch cannot. Clouds other than AWS
+    may not tell it."""
     token = described.get("ClientToken", "")
-    unknown = not token and not is_aws(endpoint)
-    return unknown or re.fullmatch(r".{1,23}-[0-9a-f]{40}", token) is not None
+    if not token and not is_aws(endpoint):
+        return True
+    mark = re.escape(_mark(tags_of(described).get(TAG_RUN, "")))
+    return re.fullmatch(rf"{mark}[0-9a-f]{{40}}", token) is not None
 
 
 def _mark(run: str) -> str:

@@ -569,7 +569,7 @@ def _keep(text: str, problems: list[str]) -> Keep:
         return Keep()
     if kept.seconds <= NEARLY_OVER:
         problems.append(
-            f"--schlouder-keep: {text!r} is too short for another run to take a VM; it must be more than "
+            f"--schlouder-keep: {shown(text)} is too short for another run to take a VM; it must be more than "
             f"{NEARLY_OVER:.0f} s, paid or off"
         )
     return kept
@@ -593,7 +593,7 @@ def _lease(text: Optional[str], problems: list[str]) -> float:
         return 0.0
     if not _SHORTEST_LEASE <= lease <= _LONGEST_LEASE:
         problems.append(
-            f"--schlouder-lease: {text!r} is not allowed; it must be from 30s, of which VMs and network "
+            f"--schlouder-lease: {shown(text)} is not allowed; it must be from 30s, of which VMs and network "
             "need some, to 30d"
         )
     return lease

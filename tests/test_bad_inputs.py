@@ -134,6 +134,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "partition": {"unknown": "its form is right; Slurm is asked before any VM starts"},
     "slurm_api": {},
     "boot_timeout": {},
+    "lease": {},
+    "keep": {},
     "keep_logs": {"true": "is allowed"},
     "log_days": {},
     "record": {

@@ -370,7 +370,7 @@ def test_machines_of_several_runs_are_asked_for_together_as_many_as_ec2_takes(ec
     assert len(ec2.cloud.instances(*runs)) == 2
 
 
-@pytest.mark.parametrize("token", ["", "prod-0815", "run-1", "x" * 64])
+@pytest.mark.parametrize("token", ["", "prod-0815", "run-1", "x" * 64, f"else-{'0' * 40}"])
 def test_a_machine_that_somebody_has_tagged_as_ours_is_not_ours(ec2: Ec2, token: str) -> None:
     """Whoever may tag can put our tags onto any machine of the account; we would end it."""
     listed = [described(0, ["n-9"], ClientToken=token), described(1)]

@@ -298,7 +298,9 @@ class Account:
             MaxCount=1,
             TagSpecifications=specification,
             ClientToken=token
-            or client_token("r", [uuid.uuid4().hex], "m5.large", "on-demand", "", 1),
+            or client_token(
+                tags.get("schlouder:run", ""), [uuid.uuid4().hex], "m5.large", "on-demand", "", 1
+            ),
         )
         return str(reply["Instances"][0]["InstanceId"])
 
