@@ -231,6 +231,7 @@ def _init(arguments: argparse.Namespace) -> int:
 def _gc(arguments: argparse.Namespace) -> int:
     from snakemake_executor_plugin_schlouder import gc, report
     from snakemake_executor_plugin_schlouder.model import SchlouderError
+    from snakemake_executor_plugin_schlouder.printable import brief
 
     regions = arguments.region or [os.environ.get("SNAKEMAKE_SCHLOUDER_REGION", "")]
     scope = gc.Scope(arguments.everybody, tuple(arguments.run))
@@ -244,7 +245,7 @@ def _gc(arguments: argparse.Namespace) -> int:
         agreed = arguments.yes or (found and not arguments.json and _says_yes("Delete?"))
         ending = collector.end(survey) if found and agreed else None
     except SchlouderError as error:
-        return _fail(report.plain(str(error)))
+        return _fail(brief(str(error)))
     if ending is not None:
         still = [f"{one.id} in {one.region} was to end and is still there" for one in ending.left]
         _tell((*ending.notes, *ending.problems, *still))
@@ -258,10 +259,10 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _tell(lines: Iterable[str]) -> None:
-    from snakemake_executor_plugin_schlouder import report
+    from snakemake_executor_plugin_schlouder.printable import brief
 
     for line in lines:
-        print(f"schlouder: {report.plain(line)}", file=sys.stderr)
+        print(f"schlouder: {brief(line)}", file=sys.stderr)
 
 
 def _says_yes(question: str) -> bool:

@@ -36,7 +36,7 @@ from .dag import Dag, dependencies, members_of
 from .ec2.account import Ec2Settings
 from .ec2.joining import Join
 from .history import Boot, History, Walltime, history_path
-from .job_files import Sweeper, names_to_remove, tail
+from .job_files import Sweeper, make_folder, names_to_remove, tail
 from .journal import Journal, Remains, RunRecord, birth_of, journal_path
 from .keeping import Mark, Shelf, shelf_path
 from .launcher import Limits
@@ -61,6 +61,7 @@ from .objects import connect as connect_s3
 from .planning import too_big
 from .pool import Announcement
 from .prediction import Walltimes
+from .printable import one_line
 from .provision import Cloud, Ec2Cloud, connect, this_owner
 from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
@@ -314,7 +315,7 @@ class Executor(RemoteExecutor):
         )
         if objects is not None:
             self._objects = objects.of_run(self._run)
-        broker_config.files.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(broker_config.files)
         self._sweeper = Sweeper(self._workdir, self._run, self._objects)
         self._sweeper.remove_old(config.log_days, self._journal.living_runs(socket.gethostname()))
         aws = "amazonaws.com" in cloud.endpoint
@@ -906,9 +907,9 @@ def _check_sizes(asked: Mapping[Any, RuleSettings], market: Market) -> None:
 
 
 def _display_name(job: Any) -> str:
-    """Rule and wildcards, such as `search chunk=3`."""
+    """Rule and wildcards, such as `search chunk=3`, for people: in one line, fit for a terminal."""
     wildcards = getattr(job, "wildcards_dict", None) or {}
-    return " ".join([job.name, *(f"{name}={value}" for name, value in wildcards.items())])
+    return one_line(" ".join([job.name, *(f"{name}={value}" for name, value in wildcards.items())]))
 
 
 def _file_name(text: str) -> str:

@@ -31,6 +31,7 @@ from .provision import (
     Instance,
     describe,
     instance_of,
+    is_launch_of_ours,
     tags_of,
     terminate,
     this_owner,
@@ -305,8 +306,8 @@ def _client(region: str) -> EC2Client:
 
 
 def list_machines(ec2: EC2Client) -> list[Machine]:
-    """All that cost money or may do so again and have the tag of a run, which no other tag resembles enough.
-    Raises CloudUnavailable."""
+    """All that cost money or may do so again, have the tag of a run, which no other tag resembles enough, and
+    were launched by schlouder. Raises CloudUnavailable."""
     filters = [
         {"Name": "tag-key", "Values": [TAG_RUN]},
         {"Name": "instance-state-name", "Values": sorted(ALIVE)},
@@ -314,7 +315,9 @@ def list_machines(ec2: EC2Client) -> list[Machine]:
     return [
         Machine(instance_of(one), tags_of(one).get(TAG_OWNER, ""), ec2.meta.region_name)
         for one in describe(ec2, Filters=filters)
-        if tags_of(one).get(TAG_RUN) and one["State"]["Name"] in ALIVE
+        if tags_of(one).get(TAG_RUN)
+        and one["State"]["Name"] in ALIVE
+        and is_launch_of_ours(one, ec2.meta.endpoint_url)
     ]
 
 

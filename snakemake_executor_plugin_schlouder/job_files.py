@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-from .model import Task, TaskState
+from .model import SchlouderError, Task, TaskState
 from .objects import Objects
+from .printable import plain
 from .slurm.script import markers
 
 _LONGEST = 80
@@ -72,15 +73,40 @@ def names_to_remove(task: Task) -> list[str]:
 
 
 def tail(log: Path) -> str:
-    """The end of a job's log, indented, for an error message."""
+    """The end of a job's log, indented, for an error message; nothing in it does anything to a terminal."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = _lines(file.read().decode(errors="replace"))
     except OSError:
         return f"    (no log at {log})\n"
     shown = "\n".join(f"    {line}" for line in lines[-_TAIL_LINES:])
     return f"Last lines of {log}:\n{shown}\n"
+
+
+def _lines(text: str) -> list[str]:
+    """A progress bar begins a line anew with every carriage return."""
+    return plain(re.sub("\r+\n?", "\n", text)).removesuffix("\n").split("\n")
+
+
+def make_folder(place: Path) -> None:
+    """Makes the folder of a run, for its owner alone. SchlouderError if that cannot be, or if a link leads
+    elsewhere: what is written there says how jobs have ended."""
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_link = place.is_symlink() or place.parent.is_symlink()
+        is_ours = place.stat().st_uid == os.geteuid()
+        if is_ours and not is_link:
+            place.chmod(0o700)
+    except OSError as error:
+        raise SchlouderError(
+            f"the folder {place} cannot be made: {error.strerror}; it takes a workflow directory that you "
+            "can write to"
+        ) from error
+    if is_link or not is_ours:
+        raise SchlouderError(
+            f"the folder {place} is {'a link' if is_link else 'of another user'}; remove it"
+        )
 
 
 class Sweeper:

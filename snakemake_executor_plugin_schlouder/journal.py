@@ -324,16 +324,21 @@ class Journal:
 
 class _ReadOnlyJournal(Journal):
     def _open(self, path: Path | str) -> sqlite3.Connection:
+        if why := store.distrusted(Path(path)):
+            raise SchlouderError(f"the journal {path} is not read: {why}")
         uri = f"{Path(path).resolve().as_uri()}?mode=ro"
         try:
             db = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=30)
             version = db.execute("PRAGMA user_version").fetchone()[0]
+            is_whole = version != VERSION or store.is_of(db, _SCHEMA)
         except sqlite3.Error as error:
             raise SchlouderError(f"the journal {path} cannot be read: {error}") from error
         if version != VERSION:
             raise SchlouderError(
                 f"the journal {path} is of version {version}, this schlouder reads {VERSION}"
             )
+        if not is_whole:
+            raise SchlouderError(f"the journal {path} has other tables than schlouder's")
         return db
 
 

@@ -19,7 +19,9 @@ RENEWALS = 4
 NOTICED = 60.0
 """Seconds after its lease, or its last job, within which a VM is gone where units are short."""
 
-_WORDS = re.compile(r"\bschlouder run=(\S+) lease=(\d{1,12}) at=(\d{1,12})( kept)?\b")
+_WORDS = re.compile(
+    r"\bschlouder run=([A-Za-z0-9_.-]+) lease=([0-9]{1,12}) at=([0-9]{1,12})( kept)?(?!\S)"
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 
 from .model import SchlouderError, Task
+from .printable import shown
 
 SUBMISSION = "submission"
 RANK = "rank"
@@ -64,7 +65,7 @@ def _levels(after: Mapping[Node, Collection[Node]]) -> dict[Node, int]:
 def checked(name: str) -> str:
     """The name of an order a user gave; SchlouderError if there is none of that name."""
     if name not in NAMES:
-        raise SchlouderError(f"order: {name!r} is unknown; known are {', '.join(NAMES)}")
+        raise SchlouderError(f"order: {shown(name)} is unknown; known are {', '.join(NAMES)}")
     return name
 
 

@@ -32,7 +32,9 @@ from .ec2.account import (
 )
 from .ec2.errors import Ec2Error, Meaning, quota_text, rights_text
 from .ec2.joining import ClusterKey, Join, user_data
+from .market.asking import is_aws
 from .model import ON_DEMAND, SPOT, InstanceType, SchlouderError
+from .printable import plain
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -160,6 +162,17 @@ def client_token(
     return f"{_mark(run)}{_digest(text)}"
 
 
+def is_launch_of_ours(described: Mapping[str, Any], endpoint: str) -> bool:
+    """Whether the run that a machine's tags name has launched it, for all that can be told besides its tags:
+    these can be put onto any machine of the account, the token of its launch cannot. Clouds other than AWS
+    may not tell it."""
+    token = described.get("ClientToken", "")
+    if not token and not is_aws(endpoint):
+        return True
+    mark = re.escape(_mark(tags_of(described).get(TAG_RUN, "")))
+    return re.fullmatch(rf"{mark}[0-9a-f]{{40}}", token) is not None
+
+
 def _mark(run: str) -> str:
     """At most 24 characters of ASCII."""
     return f"{run if len(run) < 24 and run.isascii() else _digest(run)[:23]}-"
@@ -274,7 +287,7 @@ class Ec2Cloud:
         for start in range(0, len(runs), _FILTER_VALUES):
             names = list(runs[start : start + _FILTER_VALUES])
             found += describe(self._ec2, Filters=[{"Name": f"tag:{TAG_RUN}", "Values": names}])
-        return [instance_of(described) for described in found]
+        return [instance_of(each) for each in found if is_launch_of_ours(each, self.endpoint)]
 
     def terminate(self, instance_ids: Sequence[str]) -> None:
         terminate(self._ec2, instance_ids)
@@ -286,7 +299,7 @@ class Ec2Cloud:
             reply = self._ec2.get_console_output(InstanceId=instance_id)
         except (BotoCoreError, ClientError):
             return ""
-        return reply.get("Output", "")
+        return plain(reply.get("Output", "").replace("\r\n", "\n"))
 
     # -- before the first launch
 

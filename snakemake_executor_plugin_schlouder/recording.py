@@ -8,6 +8,7 @@ which may hold secrets, are left out.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
@@ -137,16 +139,24 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
+    """SchlouderError if no recorder can have written it. Nothing but the kinds of `_KNOWN` is made."""
+    try:
+        return _decoded(value)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SchlouderError(f"the recording holds what is of no recording: {error!r}") from error
+
+
+def _decoded(value: Any) -> Any:
     if isinstance(value, list):
-        return [decoded(part) for part in value]
+        return [_decoded(part) for part in value]
     if not isinstance(value, dict):
         return value
     if value["is"] == "dict":
-        pairs = decoded(value["of"][0])
+        pairs = _decoded(value["of"][0])
         return {tuple(key) if isinstance(key, list) else key: part for key, part in pairs}
-    named = {name: decoded(part) for name, part in value.get("with", {}).items()}
+    named = {name: _decoded(part) for name, part in value.get("with", {}).items()}
     kind: Callable[..., Any] = _KNOWN.get(value["is"], RuntimeError)
-    return kind(*decoded(value.get("of", [])), **named)
+    return kind(*_decoded(value.get("of", [])), **named)
 
 
 def _kind_of(error: Exception) -> str:
@@ -171,12 +181,11 @@ class Recorder:
     def __init__(self, path: Path, log: logging.Logger) -> None:
         """SchlouderError if the file cannot be made."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            self._file = os.fdopen(_made_anew(path), "w", buffering=1)
         except OSError as error:
             raise SchlouderError(
                 f"--schlouder-record: {path} cannot be written: {error.strerror}"
             ) from error
-        self._file = os.fdopen(descriptor, "w", buffering=1)
         self._log = log
         self._failed = False
 
@@ -203,6 +212,23 @@ class Recorder:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _made_anew(path: Path) -> int:
+    """A file for its owner alone, as a descriptor. OSError if there is a link, a pipe or somebody else's
+    file, who could read it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        status = os.fstat(descriptor)
+        if not S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it is no file of yours")
+        os.fchmod(descriptor, 0o600)
+        os.ftruncate(descriptor, 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @dataclass
@@ -505,6 +531,8 @@ def read(path: Path) -> list[Line]:
     """The lines of a recording; SchlouderError says what is wrong with it. A last line that was cut off
     counts as not written."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         texts = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SchlouderError(f"{path}: cannot be read: {error}") from error
@@ -512,7 +540,7 @@ def read(path: Path) -> list[Line]:
     for number, text in enumerate(texts, 1):
         try:
             lines.append(Line(*json.loads(text)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             if number < len(texts):
                 raise SchlouderError(f"{path}, line {number}: not of a recording") from None
     if not lines or lines[0].name != "run":

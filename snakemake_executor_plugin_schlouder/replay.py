@@ -88,6 +88,8 @@ def read_runs(path: Path) -> list[RecordedRun]:
             return [_run(row, path, number) for number, row in enumerate(reader, 2)]
     except OSError as error:
         raise SchlouderError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SchlouderError(f"{path}: expected a CSV file in UTF-8: {error}") from error
 
 
 def replay(run: RecordedRun, strategy: str | None = None) -> Replay:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .costs import IDLE, Account, Bill, account, keeping_bill
 from .journal import Journal, RunRecord, TaskRecord, VMRecord, journal_path
 from .model import SPOT, Billing, SchlouderError, TaskState, VMState
+from .printable import brief, one_line, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 NOTHING = "–"  # noqa: RUF001 - the sign the original table used for an unknown value
 
 _ID_WIDTH = 6
-
-_MOST_SHOWN = 300
-"""Characters of a text that others have written."""
 
 NARROWEST = 100
 """Columns a table takes when the output is no terminal, and at least."""
@@ -54,6 +52,7 @@ def show_table(renderable: RenderableType) -> None:
 def outcome_table(outcomes: Mapping[str, Outcome], price: float | None = None) -> RenderableType:
     """Simulated strategies side by side; `price` is that of one VM for an hour."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("strategy", "VMs", "units", "billed", "cost", "makespan", "idle share"):
@@ -61,7 +60,7 @@ def outcome_table(outcomes: Mapping[str, Outcome], price: float | None = None) -
     for name, outcome in outcomes.items():
         cost = NOTHING if price is None else f"{outcome.billed / 3600 * price:.2f}"
         table.add_row(
-            name,
+            Text(name),
             str(outcome.vms),
             str(outcome.units),
             f"{outcome.billed:.0f} s",
@@ -75,6 +74,7 @@ def outcome_table(outcomes: Mapping[str, Outcome], price: float | None = None) -
 def replay_table(replays: Sequence[Replay]) -> RenderableType:
     """Agreement with the measured runs, by application and strategy."""
     from rich.table import Table
+    from rich.text import Text
 
     from .replay import Fidelity
 
@@ -94,8 +94,8 @@ def replay_table(replays: Sequence[Replay]) -> RenderableType:
     for (application, strategy), group in sorted(groups.items()):
         fidelity = Fidelity.of(group)
         table.add_row(
-            application,
-            strategy,
+            Text(one_line(application)),
+            Text(one_line(strategy)),
             str(fidelity.runs),
             str(fidelity.same_vms),
             str(fidelity.same_units),
@@ -123,7 +123,8 @@ def run_report(journal: Journal, run: str) -> RenderableType:
         if vm.instance_id is None and vm.state == VMState.GONE and not ran:
             void.append(vm)
             continue
-        parts.append(Text(f"\n{_vm_lines(vm, bills.get(vm.name), billing)}", style="bold"))
+        lines = plain(f"\n{_vm_lines(vm, bills.get(vm.name), billing)}")
+        parts.append(Text(lines, style="bold"))
         parts.append(_task_table(ran) if ran else Text(" nothing ran here to its end"))
     if void:
         parts.append(Text(f"\n{_count(void, 'VM')} more asked for and not started"))
@@ -145,7 +146,7 @@ def leftovers(survey: Survey) -> RenderableType:
     parts: list[RenderableType] = []
     if survey.findings:
         parts.append(_machine_table(survey.findings))
-    parts += [Text(f"Slurm node without a machine: {plain(node)}") for node in survey.nodes]
+    parts += [Text(f"Slurm node without a machine: {brief(node)}") for node in survey.nodes]
     doomed = survey.doomed
     if doomed:
         known = [f.cost.hourly for f in doomed if f.cost.hourly is not None]
@@ -186,14 +187,8 @@ def _machine_table(findings: Sequence[Finding]) -> RenderableType:
             f"{verdict.status}{until}: {verdict.why}\n{machine.owner}",
         )
         # Text, because tags may hold rich's markup.
-        table.add_row(*(Text("\n".join(map(plain, cell.split("\n")))) for cell in cells))
+        table.add_row(*(Text("\n".join(map(brief, cell.split("\n")))) for cell in cells))
     return table
-
-
-def plain(text: str) -> str:
-    """Tags are anybody's words: what would move a cursor or change a colour is shown as its number."""
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:_MOST_SHOWN])
-    return f"{shown}…" if len(text) > _MOST_SHOWN else shown
 
 
 def _price(usd: float | None) -> str:
@@ -250,12 +245,15 @@ def _cost_lines(spent: Account, run: RunRecord) -> str:
 
 def _rule_table(spent: Account) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for heading in ("Rule", "Cost", "Share"):
         table.add_column(heading, justify="left" if heading == "Rule" else "right")
     for rule, usd in sorted(spent.rules.items(), key=lambda item: (item[0] == IDLE, -item[1])):
-        table.add_row(rule, _usd(usd), f"{usd / spent.usd:.0%}" if spent.usd else NOTHING)
+        table.add_row(
+            Text(one_line(rule)), _usd(usd), f"{usd / spent.usd:.0%}" if spent.usd else NOTHING
+        )
     return table
 
 
@@ -309,14 +307,14 @@ def _task_table(tasks: list[TaskRecord]) -> RenderableType:
         table.add_row(
             task.jobid if len(task.jobid) <= _ID_WIDTH else f"{task.jobid[: _ID_WIDTH - 1]}…",
             task.state,
-            task.name,
+            Text(one_line(task.name)),
             _clock(task.received),
             f"{_seconds(_duration(task))} / {_seconds(task.planned)}",
             _clock(task.started),
             f"{_clock(task.ended)} / {_clock(_planned_end(task))}",
         )
         if task.reason and task.state != TaskState.CANCELLED:
-            remarks.append(Text(f"   {task.name}: {task.reason}"))
+            remarks.append(Text(plain(f"   {task.name}: {task.reason}")))
     return Group(table, *remarks)
 
 

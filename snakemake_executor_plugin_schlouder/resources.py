@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .model import Need, SchlouderError, SlurmOptions
+from .printable import one_line, shown
 
 IGNORED = {
     "slurm_partition": "VMs join the partition of --schlouder-partition",
@@ -29,13 +30,45 @@ _RATIOS = (
 """Factors of other resources, which Snakemake sums over the members of a group as if they were amounts."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
+_SLURM_NAME = r"[\w.@+][\w.@+-]*"
+INSTANCE_TYPES = r"[A-Za-z0-9*?][A-Za-z0-9*?._:/+-]*"
+"""A name of instance types, or a pattern of such names."""
+
 _GRES = re.compile(r"(?P<name>\w+)(:(?P<model>[\w.]+))?:(?P<count>\d{1,6})")
 
 _DIGITS = 12
-"""Of the longest number that means anything. Python neither reads nor writes those of some thousands."""
+"""Of the longest number that means anything."""
 
-_LONGEST = 200
-"""Characters of a value in an error message."""
+_MINUTES = 8
+"""Digits of a runtime: Slurm counts minutes in 32 bits."""
+
+_LONGEST = 4096
+"""Characters of a text that means anything."""
+
+_NUMBER, _TEXT, _NAMES = "number", "text", "names"
+
+RESOURCES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("tasks", "tasks_per_node", "tasks_per_gpu", "nodes", "mem_mb", "mem_mb_per_cpu"),
+            *("cpus_per_task", "cpus_per_gpu", "gpu", "gpus", "runtime", "disk_mb"),
+        ),
+        _NUMBER,
+    ),
+    **dict.fromkeys(("slurm_account", "qos", "slurm_qos", "reservation"), _NAMES),
+    **dict.fromkeys(
+        (
+            *("slurm_extra", "mpi", "gpu_model", "gres", "constraint", "schlouder_instance_type"),
+            *("schlouder_strategy", "schlouder_walltime", "schlouder_bundle", "schlouder_spot"),
+        ),
+        _TEXT,
+    ),
+    **dict.fromkeys(IGNORED, _TEXT),
+}
+"""Every resource that is read, and what it is: a number, text, or names with commas between them."""
+
+_OURS = "schlouder_"
+"""What the names of the resources begin with that mean nothing to others."""
 
 _OWN_OPTIONS = {
     **dict.fromkeys(
@@ -138,13 +171,15 @@ def demand(rule: str, threads: int, resources: Mapping[str, Any]) -> Demand:
     """What a job of `rule` asks for; SchlouderError tells all that is wrong with it, each with the rule,
     the resource and what is allowed."""
     asked = _Asked(rule, resources)
+    asked.check_names()
     need, tasks = _need(asked, threads)
-    runtime = asked.number("runtime")
+    runtime = asked.number("runtime", digits=_MINUTES)
     asked.number("disk_mb")
+    asked.text("mpi")
     options = SlurmOptions(
         account=asked.first_word("slurm_account"),
-        qos=asked.text("qos") or asked.text("slurm_qos"),
-        reservation=asked.text("reservation"),
+        qos=asked.names("qos") or asked.names("slurm_qos"),
+        reservation=asked.names("reservation"),
         tasks=tasks,
         extra=_extra(asked),
     )
@@ -168,8 +203,8 @@ def of_group(
             found[name] = max(given)
     if _Asked(group, found).number("nodes") > 1:
         raise SchlouderError(
-            f"group {group}: nodes: {found['nodes']!r} is not allowed; a job over several VMs cannot be in a "
-            "group, which runs on one; take its rule out of the group"
+            f"group {one_line(group)}: nodes: {shown(found['nodes'])} is not allowed; a job over several "
+            "VMs cannot be in a group, which runs on one; take its rule out of the group"
         )
     cpus = known(found.get("cpus_per_task"))
     if isinstance(cpus, int):
@@ -183,12 +218,17 @@ def known(value: Any) -> Any:
     return None if undetermined else value
 
 
-def _shown(value: Any) -> str:
-    """For a person."""
-    if isinstance(value, int) and abs(value) >= 10**_DIGITS:
-        return f"a number of more than {_DIGITS} digits"
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+def words_in(text: str) -> tuple[str, ...]:
+    """The words of a list, separated by commas or blanks."""
+    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+
+
+def text_of(value: Any) -> str | None:
+    """A resource that is text, stripped; None for what cannot be text: Snakemake's are numbers and text."""
+    if not isinstance(value, str | int | float):
+        return None
+    text = str(value).strip() if not isinstance(value, int) or abs(value) < 10**_DIGITS else None
+    return text if text is not None and len(text) <= _LONGEST else None
 
 
 class _Asked:
@@ -200,31 +240,61 @@ class _Asked:
         self.problems: list[str] = []
 
     def refuse(self, name: str, allowed: str) -> None:
-        value = _shown(self._resources.get(name))
+        value = shown(self._resources.get(name))
         self.problems.append(f"rule {self._rule}: {name}: {value} is not allowed; {allowed}")
 
-    def number(self, name: str, or_negative: bool = False) -> int:
+    def number(self, name: str, or_negative: bool = False, digits: int = _DIGITS) -> int:
         """A whole number, rounded up, so that a little is not none; 0 if not given."""
-        value = known(self._resources.get(name))
-        if value in (None, ""):
+        value = known(self._given(name))
+        value = value.strip() if isinstance(value, str) else value
+        if value is None or value == "":
             return 0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(value, str) and re.fullmatch(rf"-?\d{{1,{_DIGITS}}}", value):
+        if isinstance(value, str) and re.fullmatch(rf"-?[0-9]{{1,{digits}}}", value):
             value, is_number = int(value), True
-        if not is_number or not abs(value) < 10**_DIGITS or (value < 0 and not or_negative):
-            allowed = f"it must be a number above 0 of at most {_DIGITS} digits, or 0 for none"
+        if not is_number or not abs(value) < 10**digits or (value < 0 and not or_negative):
+            allowed = f"it must be a number above 0 of at most {digits} digits, or 0 for none"
             self.refuse(name, allowed)
             return 0
         return -int(-value // 1)
 
-    def text(self, name: str) -> str:
-        """A text, empty if not given."""
-        value = known(self._resources.get(name))
-        return "" if value is None else str(value).strip()
+    def text(self, name: str, blanks: str = "") -> str:
+        """A text, empty if not given; without line ends and whatever else is not printable but `blanks`."""
+        value = known(self._given(name))
+        text = "" if value is None else text_of(value)
+        if isinstance(value, bool | float):
+            text = None
+        if text is None or not all(letter.isprintable() or letter in blanks for letter in text):
+            self.refuse(name, f"it must be printable text of at most {_LONGEST} characters")
+            return ""
+        return text
+
+    def names(self, name: str) -> str:
+        """Names of Slurm's, with commas between them."""
+        text = self.text(name)
+        if not all(re.fullmatch(_SLURM_NAME, word) for word in words_in(text)):
+            self.refuse(
+                name, "it must be a name: letters, digits and _ . @ + -, not - as the first"
+            )
+            return ""
+        return text
 
     def first_word(self, name: str) -> str:
         """The first of several names."""
-        return next((word for word in re.split(r"[,\s]+", self.text(name)) if word), "")
+        return next(iter(words_in(self.names(name))), "")
+
+    def check_names(self) -> None:
+        """A misspelt name of ours would be ignored."""
+        for name in self._resources:
+            if name.startswith(_OURS) and name not in RESOURCES:
+                ours = ", ".join(known for known in RESOURCES if known.startswith(_OURS))
+                self.problems.append(
+                    f"rule {self._rule}: {shown(name)} is no resource of schlouder; known are {ours}"
+                )
+
+    def _given(self, name: str) -> Any:
+        assert name in RESOURCES, f"{name} is not in the table of resources"
+        return self._resources.get(name)
 
 
 def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
@@ -239,8 +309,19 @@ def _need(asked: _Asked, threads: int) -> tuple[Need, int]:
         per_task = -(-per_gpu * gpus // tasks)
     cpus = -(-tasks // nodes) * per_task
     memory = asked.number("mem_mb_per_cpu") * cpus or asked.number("mem_mb")
-    types = asked.text("schlouder_instance_type")
+    types = _types(asked)
     return Need(cpus, memory, -(-gpus // nodes), model, _constraint(asked), nodes, types), tasks
+
+
+def _types(asked: _Asked) -> str:
+    text = asked.text("schlouder_instance_type")
+    if not all(re.fullmatch(INSTANCE_TYPES, word) for word in words_in(text)):
+        asked.refuse(
+            "schlouder_instance_type",
+            "it must be names or patterns of instance types such as m5.large",
+        )
+        return ""
+    return text
 
 
 def _nodes(asked: _Asked) -> int:
@@ -305,7 +386,7 @@ def _constraint(asked: _Asked) -> str:
 def _extra(asked: _Asked) -> tuple[str, ...]:
     """The options of `slurm_extra`, one word each."""
     try:
-        words = shlex.split(asked.text("slurm_extra"))
+        words = shlex.split(asked.text("slurm_extra", blanks="\n\t"))
     except ValueError as error:
         asked.refuse("slurm_extra", f"its quotes are not closed ({error})")
         return ()
@@ -315,7 +396,7 @@ def _extra(asked: _Asked) -> tuple[str, ...]:
             options[-1] += f"={word}"
             continue
         options.append(word)
-        problem = _wrong_option(word)
+        problem = _wrong_option(word) if word.isprintable() else "an option holds a line end or tab"
         if problem:
             asked.refuse("slurm_extra", problem)
     return tuple(options)
@@ -324,7 +405,7 @@ def _extra(asked: _Asked) -> tuple[str, ...]:
 def _wrong_option(word: str) -> str:
     """Why `word` may not go to sbatch, which also takes any beginning of a long option's name."""
     if not re.match(r"--?[A-Za-z]", word):
-        return f"{word!r} is no option of sbatch; write --option=value"
+        return f"{shown(word)} is no option of sbatch; write --option=value"
     if not word.startswith("--"):
         name = _SHORT.get(word[1])
         return _not_yours(word[:2], name) if name else f"write the long form of {word[:2]}"

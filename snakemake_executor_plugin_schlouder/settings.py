@@ -8,10 +8,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, get_args, get_type_hints
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
@@ -20,7 +20,8 @@ from .ec2.joining import ClusterKey, Mount, parse_mounts
 from .keeping import NEARLY_OVER, Keep
 from .model import NEVER, ONLY, PREFER, Billing, Need, SchlouderError, SlurmOptions
 from .pool import Goal
-from .resources import demand, known
+from .printable import one_line, shown
+from .resources import INSTANCE_TYPES, RESOURCES, demand, known, text_of, words_in
 from .slurm import APIS
 
 _T = TypeVar("_T")
@@ -28,6 +29,48 @@ _T = TypeVar("_T")
 SPOT_CHOICES = (NEVER, PREFER, ONLY)
 
 _TEMPLATE = r"[A-Za-z0-9()./_-]{3,128}(:(\d+|\$Latest|\$Default))?"
+
+_ID = r"[A-Za-z0-9][A-Za-z0-9_.:/@-]*"
+"""Of something of EC2's, or of a cloud like it."""
+
+_PATTERNS = {
+    "image": (_ID, "the id of a machine image such as ami-0123456789abcdef0"),
+    "key_name": (r"[ -~]{1,255}", "the name of a key pair: at most 255 ASCII characters"),
+    "instance_profile": (r"[A-Za-z0-9][A-Za-z0-9+=,.@:/_-]*", "a name or an ARN"),
+    "region": (r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", "a region such as us-east-1"),
+}
+"""What texts that go to EC2 as they are look like, and the same in words."""
+
+_LISTS = {
+    "subnets": (_ID, "ids of subnets, with commas between them"),
+    "security_groups": (_ID, "ids of security groups, with commas between them"),
+    "instance_types": (
+        INSTANCE_TYPES,
+        "names or patterns of instance types, with commas between them",
+    ),
+}
+"""The same of each of several words."""
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+
+_LONGEST = 4096
+"""Characters of a setting, and of a path; but lists of tags and instance types may be longer."""
+
+_LONG = {"tags": 32768, "instance_types": 32768}
+
+_LARGEST = 1e9
+"""Of a number: in seconds, thirty years."""
+
+_LONGEST_NAME = 200
+"""Characters of a rule's name in an error message."""
+
+_LEAST = 0.001
+"""Of a number that is divided by."""
 
 _LARGEST_VOLUME = 65536
 """GiB of a gp3 volume."""
@@ -350,7 +393,8 @@ class RuleSettings:
 
 def validated(settings: ExecutorSettings) -> Config:
     """The settings as a Config; SchlouderError lists everything that is wrong with them at once."""
-    problems = [*_wrong_names(settings), *_wrong_numbers(settings)]
+    settings, problems = _sound(settings)
+    problems += [*_wrong_names(settings), *_wrong_numbers(settings)]
     goal = _goal(settings, problems)
     tags = _tags(settings.tags, problems)
     mounts = _mounts(settings.mount, problems)
@@ -412,6 +456,7 @@ def rule_settings(
 
     A value that Snakemake cannot tell yet (it depends on files still to be made) counts as not given.
     """
+    rule = one_line(rule)[:_LONGEST_NAME]
     problems: list[str] = []
 
     def checked(check: Callable[[], _T]) -> Optional[_T]:
@@ -421,17 +466,17 @@ def rule_settings(
             problems.append(str(error))
             return None
 
-    strategy = known(resources.get("schlouder_strategy")) or config.strategy
-    checked(lambda: _check_goal(strategy, config.goal, f"rule {rule}: schlouder_"))
-    walltime = known(resources.get("schlouder_walltime"))
+    strategy = checked(lambda: _strategy(rule, resources, config)) or config.strategy
+    walltime = _given(resources, "schlouder_walltime")
     planned = None
     if walltime is not None:
         planned = checked(lambda: seconds(f"rule {rule}: schlouder_walltime", walltime))
     bundle = checked(
-        lambda: _switch(rule, "schlouder_bundle", known(resources.get("schlouder_bundle")))
+        lambda: _switch(rule, "schlouder_bundle", _given(resources, "schlouder_bundle"))
     )
-    spot = checked(lambda: _spot(rule, known(resources.get("schlouder_spot")))) or config.spot
-    if is_preemptible and spot == NEVER and not known(resources.get("schlouder_spot")):
+    own_spot = _given(resources, "schlouder_spot")
+    spot = checked(lambda: _spot(rule, own_spot)) or config.spot
+    if is_preemptible and spot == NEVER and own_spot is None:
         spot = PREFER
     asked = checked(lambda: demand(rule, threads, resources))
     if asked is not None:
@@ -453,13 +498,53 @@ def rule_settings(
 def seconds(setting: str, value: Any, otherwise: str = "") -> float:
     """A duration: a number of seconds, or text such as `70s`, `2m`, `1.5h`, `1d`."""
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
-    if found is None or float(found[1]) <= 0:
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([smhd]?)", text_of(value) or "")
+    if found is None or not 0 < float(found[1]) * units[found[2]] <= _LARGEST:
         raise SchlouderError(
-            f"{setting}: {value!r} is no duration; allowed are positive seconds or text such as 70s, 2m, "
-            f"1.5h {otherwise}".rstrip()
+            f"{setting}: {shown(value)} is no duration; allowed are positive seconds or text such as 70s, "
+            f"2m, 1.5h {otherwise}".rstrip()
         )
     return float(found[1]) * units[found[2]]
+
+
+def _sound(settings: ExecutorSettings) -> tuple[ExecutorSettings, list[str]]:
+    """The settings with the default, or what passes for it, in place of each that is no value of its kind or
+    holds what nobody can read; and what was wrong with those. What is left can be judged by its meaning."""
+    hints = get_type_hints(ExecutorSettings)
+    wrong = {}
+    for one in fields(settings):
+        kind = next(iter(get_args(hints[one.name])), hints[one.name])
+        value = getattr(settings, one.name)
+        if allowed := _unsound(one.name, value, kind):
+            option = one.name.replace("_", "-")
+            wrong[one.name] = (
+                f"--schlouder-{option}: {shown(value)} is not allowed; it must be {allowed}"
+            )
+    defaults: dict[str, Any] = {
+        one.name: one.default for one in fields(settings) if one.name in wrong
+    }
+    if "image" in wrong:
+        defaults["image"] = "ami-0"
+    return replace(settings, **defaults), list(wrong.values())
+
+
+def _unsound(name: str, value: Any, kind: Any) -> str:
+    """What would be allowed instead of `value`, empty if it is fit to be looked at. None is not given."""
+    types, words = _KINDS[kind]
+    if value is None and kind is not bool:
+        return ""
+    if not isinstance(value, types) or (kind is not bool and isinstance(value, bool)):
+        return words
+    if not isinstance(value, str):
+        return ""
+    longest = _LONG.get(name, _LONGEST)
+    if len(value) > longest or not value.replace("\t", " ").isprintable():
+        return f"printable text of at most {longest} characters"
+    pattern, text = _PATTERNS.get(name, ("", ""))
+    if pattern and value and not re.fullmatch(pattern, value):
+        return text
+    pattern, text = _LISTS.get(name, ("", ""))
+    return "" if all(re.fullmatch(pattern, word) for word in words_in(value) if pattern) else text
 
 
 def _goal(settings: ExecutorSettings, problems: list[str]) -> Goal:
@@ -484,7 +569,7 @@ def _keep(text: str, problems: list[str]) -> Keep:
         return Keep()
     if kept.seconds <= NEARLY_OVER:
         problems.append(
-            f"--schlouder-keep: {text!r} is too short for another run to take a VM; it must be more than "
+            f"--schlouder-keep: {shown(text)} is too short for another run to take a VM; it must be more than "
             f"{NEARLY_OVER:.0f} s, paid or off"
         )
     return kept
@@ -508,7 +593,7 @@ def _lease(text: Optional[str], problems: list[str]) -> float:
         return 0.0
     if not _SHORTEST_LEASE <= lease <= _LONGEST_LEASE:
         problems.append(
-            f"--schlouder-lease: {text!r} is not allowed; it must be from 30s, of which VMs and network "
+            f"--schlouder-lease: {shown(text)} is not allowed; it must be from 30s, of which VMs and network "
             "need some, to 30d"
         )
     return lease
@@ -522,7 +607,7 @@ def _check_goal(strategy: str, goal: Goal, prefix: str = "") -> None:
     except SchlouderError as error:
         raise SchlouderError(f"{prefix}{error}") from error
     if not goal.allows(strategy):
-        raise SchlouderError(f"{prefix}strategy: {strategy!r} needs --schlouder-{strategy}")
+        raise SchlouderError(f"{prefix}strategy: {shown(strategy)} needs --schlouder-{strategy}")
 
 
 def _check_room(rule: str, nodes: int, max_vms: int) -> None:
@@ -541,7 +626,9 @@ def _deadline(text: Optional[str]) -> float:
     except ValueError:
         date = time.time() + seconds("deadline", text, "or a date such as 2030-12-31T18:00")
     if date <= time.time():
-        raise SchlouderError(f"deadline: {text!r} has already passed; it must be in the future")
+        raise SchlouderError(
+            f"deadline: {shown(text)} has already passed; it must be in the future"
+        )
     return date
 
 
@@ -552,13 +639,13 @@ def _budget(text: Optional[str]) -> float:
 
 def _wrong_names(settings: ExecutorSettings) -> list[str]:
     problems = [
-        f"--schlouder-{name}: {value!r} is not allowed; it is on or off"
+        f"--schlouder-{name}: {shown(value)} is not allowed; it is on or off"
         for name, value in (("sharing", settings.sharing), ("bundle", settings.bundle))
         if value not in ("on", "off")
     ]
     if settings.spot not in SPOT_CHOICES:
         problems.append(
-            f"--schlouder-spot: {settings.spot!r} is not allowed; it is {', '.join(SPOT_CHOICES)}"
+            f"--schlouder-spot: {shown(settings.spot)} is not allowed; it is {', '.join(SPOT_CHOICES)}"
         )
     try:
         order.checked(settings.order or "")
@@ -572,20 +659,20 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
     template = settings.launch_template
     if template and not re.fullmatch(_TEMPLATE, template):
         problems.append(
-            f"--schlouder-launch-template: {template!r} is not allowed; it is an id (lt-...) or a name, and "
-            "behind it nothing, or : and a version's number, $Latest or $Default"
+            f"--schlouder-launch-template: {shown(template)} is not allowed; it is an id (lt-...) or a "
+            "name, and behind it nothing, or : and a version's number, $Latest or $Default"
         )
     if not _words(settings.instance_types):
         problems.append(
             "--schlouder-instance-types: not given; at least one type such as m5.large is needed"
         )
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", settings.partition or ""):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", settings.partition or ""):
         problems.append(
-            f"--schlouder-partition: {settings.partition!r} is no name of a Slurm partition"
+            f"--schlouder-partition: {shown(settings.partition)} is no name of a Slurm partition"
         )
     if settings.slurm_api not in APIS:
         problems.append(
-            f"--schlouder-slurm-api: {settings.slurm_api!r} is not allowed; it is {', '.join(APIS)}"
+            f"--schlouder-slurm-api: {shown(settings.slurm_api)} is not allowed; it is {', '.join(APIS)}"
         )
     try:
         ClusterKey.parse(settings.cluster_key or "")
@@ -593,9 +680,13 @@ def _wrong_names(settings: ExecutorSettings) -> list[str]:
         problems.append(f"--schlouder-{error}")
     for name, path in (("prices", settings.prices), ("type-table", settings.type_table)):
         if path and not Path(path).is_file():
-            problems.append(f"--schlouder-{name}: there is no file {path!r}")
+            problems.append(f"--schlouder-{name}: there is no file {shown(path)}")
     if settings.record and not Path(settings.record).absolute().parent.is_dir():
-        problems.append(f"--schlouder-record: {settings.record!r} is in no directory that exists")
+        problems.append(
+            f"--schlouder-record: {shown(settings.record)} is in no directory that exists"
+        )
+    elif settings.record and Path(settings.record).exists() and not Path(settings.record).is_file():
+        problems.append(f"--schlouder-record: {shown(settings.record)} is there and is no file")
     return problems
 
 
@@ -608,29 +699,31 @@ def _wrong_numbers(settings: ExecutorSettings) -> list[str]:
         ("margin", settings.margin, 0, "seconds, at least 0"),
     )
     problems = [
-        f"--schlouder-{name}: {value} is not allowed; it must be {allowed}"
+        f"--schlouder-{name}: {shown(value)} is not allowed; it must be {allowed}, at most {_LARGEST:.0f}"
         for name, value, least, allowed in bounds
-        if value is None or not least <= value < float("inf")
+        if value is None or not least <= value <= _LARGEST
     ]
-    if settings.max_spend is not None and not 0 < settings.max_spend < float("inf"):
+    if settings.max_spend is not None and not 0 < settings.max_spend <= _LARGEST:
         problems.append(
-            f"--schlouder-max-spend: {settings.max_spend} is not allowed; it must be USD above 0"
+            f"--schlouder-max-spend: {shown(settings.max_spend)} is not allowed; it must be USD above 0, "
+            f"at most {_LARGEST:.0f}"
         )
-    if settings.boot_overhead is None or not 0 < settings.boot_overhead <= 1:
+    if settings.boot_overhead is None or not _LEAST <= settings.boot_overhead <= 1:
         problems.append(
-            f"--schlouder-boot-overhead: {settings.boot_overhead} is not allowed; "
-            "it must be a share above 0 and at most 1"
+            f"--schlouder-boot-overhead: {shown(settings.boot_overhead)} is not allowed; "
+            f"it must be a share above 0 ({_LEAST} at least) and at most 1"
         )
     size = settings.volume_size
     if size is not None and not 1 <= size <= _LARGEST_VOLUME:
         problems.append(
-            f"--schlouder-volume-size: {size} is not allowed; it must be whole GiB, from 1 to "
+            f"--schlouder-volume-size: {shown(size)} is not allowed; it must be whole GiB, from 1 to "
             f"{_LARGEST_VOLUME}"
         )
     for name, value in (("btu", settings.btu), ("boot-timeout", settings.boot_timeout)):
-        if value is None or not 0 < value < float("inf"):
+        if value is None or not _LEAST <= value <= _LARGEST:
             problems.append(
-                f"--schlouder-{name}: {value} is not allowed; it must be seconds above 0"
+                f"--schlouder-{name}: {shown(value)} is not allowed; it must be seconds above 0, from "
+                f"{_LEAST} to {_LARGEST:.0f}"
             )
     return problems
 
@@ -645,7 +738,7 @@ def _tags(text: Optional[str], problems: list[str]) -> tuple[tuple[str, str], ..
         wrong = _wrong_tag(key, value) if is_given else "it is no key=value"
         if wrong or key in tags:
             wrong = wrong or "the key is given twice"
-            problems.append(f"--schlouder-tags: {pair.strip()!r} is not allowed; {wrong}")
+            problems.append(f"--schlouder-tags: {shown(pair.strip())} is not allowed; {wrong}")
         tags[key] = value
     if len(tags) > _MOST_TAGS:
         problems.append(
@@ -667,13 +760,31 @@ def _wrong_tag(key: str, value: str) -> str:
 
 
 def _words(text: Optional[str]) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[,\s]+", text or "") if word)
+    return words_in(text or "")
+
+
+def _given(resources: Mapping[str, Any], name: str) -> Any:
+    """A resource of ours; None if it is not given, or empty."""
+    assert name in RESOURCES, f"{name} is not in the table of resources"
+    value = known(resources.get(name))
+    return None if text_of(value) == "" else value
+
+
+def _strategy(rule: str, resources: Mapping[str, Any], config: Config) -> str:
+    given = _given(resources, "schlouder_strategy")
+    name = config.strategy if given is None else text_of(given)
+    if name is None:
+        raise SchlouderError(
+            f"rule {rule}: schlouder_strategy: {shown(given)} is not allowed; it must be a name"
+        )
+    _check_goal(name, config.goal, f"rule {rule}: schlouder_")
+    return name
 
 
 def _spot(rule: str, value: Any) -> Optional[str]:
     if value is not None and value not in SPOT_CHOICES:
         raise SchlouderError(
-            f"rule {rule}: schlouder_spot: {value!r} is not allowed; it is {', '.join(SPOT_CHOICES)}"
+            f"rule {rule}: schlouder_spot: {shown(value)} is not allowed; it is {', '.join(SPOT_CHOICES)}"
         )
     return None if value is None else str(value)
 
@@ -683,6 +794,9 @@ def _switch(rule: str, resource: str, value: Any) -> Optional[bool]:
     words = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
     if value is None:
         return None
-    if str(value).lower() not in words:
-        raise SchlouderError(f"rule {rule}: {resource}: {value!r} is not allowed; it is 1 or 0")
-    return words[str(value).lower()]
+    word = (text_of(value) or "").lower()
+    if word not in words:
+        raise SchlouderError(
+            f"rule {rule}: {resource}: {shown(value)} is not allowed; it is 1 or 0"
+        )
+    return words[word]

@@ -21,6 +21,7 @@ from .fleet import Fleet
 from .model import VM, SchlouderError, Task
 from .order import is_known as is_known_order
 from .pooled_strategies import Budget, Cheapest, Deadline, Fastest
+from .printable import one_line, shown
 
 ENTRY_POINTS = "schlouder.strategies"
 """The group under which packages offer strategies of their own."""
@@ -137,16 +138,19 @@ def make(name: str) -> Strategy:
     try:
         strategy = found()
     except Exception as error:
-        raise SchlouderError(f"strategy: {name!r} cannot be made: {error!r}") from error
+        raise SchlouderError(f"strategy: {shown(name)} cannot be made: {error!r}") from error
     missing = [part for part in _PARTS if not hasattr(strategy, part)]
     if missing:
-        raise SchlouderError(f"strategy: {name!r} is no strategy; it lacks {', '.join(missing)}")
+        raise SchlouderError(
+            f"strategy: {shown(name)} is no strategy; it lacks {', '.join(missing)}"
+        )
     own_order = getattr(strategy, "order", None)
     if own_order is not None and not is_known_order(own_order):
-        raise SchlouderError(f"strategy: {name!r} has an unknown order: {own_order!r}")
+        raise SchlouderError(f"strategy: {shown(name)} has an unknown order: {own_order!r}")
     return strategy
 
 
+_LONGEST_REASON = 200
 _PARTS = ("name", "reuses_vms", "one_type", "choose")
 
 
@@ -160,8 +164,11 @@ def _imported(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found: type[Strategy] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SchlouderError(f"strategy: {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        why = one_line(str(error))[:_LONGEST_REASON]
+        raise SchlouderError(f"strategy: {shown(name)} cannot be imported: {why}") from error
+    if not isinstance(found, type):
+        raise SchlouderError(f"strategy: {shown(name)} is no class")
     return found
 
 
@@ -172,10 +179,10 @@ def _entry_point(name: str) -> type[Strategy]:
     if name not in points.names:
         names = ", ".join([*known(), *sorted(points.names)])
         raise SchlouderError(
-            f"strategy: {name!r} is unknown; known are {names}; or give your own as module:Class"
+            f"strategy: {shown(name)} is unknown; known are {names}; or give your own as module:Class"
         )
     try:
         found: type[Strategy] = points[name].load()
     except Exception as error:
-        raise SchlouderError(f"strategy: {name!r} cannot be imported: {error!r}") from error
+        raise SchlouderError(f"strategy: {shown(name)} cannot be imported: {error!r}") from error
     return found

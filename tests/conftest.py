@@ -23,6 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many bad inputs were tried, in however many tests."""
+    passed = terminalreporter.stats.get("passed", [])
+    tried = sum(
+        value for report in passed for name, value in report.user_properties if name == "bad inputs"
+    )
+    if tried:
+        terminalreporter.write_line(f"bad inputs: {tried}, each one clear error or shown harmless")
+
+
 @pytest.fixture(scope="session")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
     """A running embedded cloud whose VMs boot without delay and share pytest's temporary directories."""

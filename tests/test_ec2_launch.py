@@ -109,6 +109,7 @@ def described(index: int, batch: Sequence[str] = BATCH, **more: Any) -> dict[str
         "LaunchTime": LAUNCHED,
         "Placement": {"AvailabilityZone": "eu-west-1a"},
         "StateTransitionReason": "",
+        "ClientToken": client_token("run", batch, "m5.large", ON_DEMAND, "", 1),
         "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
         **more,
     }
@@ -367,6 +368,14 @@ def test_machines_of_several_runs_are_asked_for_together_as_many_as_ec2_takes(ec
             "describe_instances", {"Reservations": [{"Instances": [described(0)]}]}, asked
         )
     assert len(ec2.cloud.instances(*runs)) == 2
+
+
+@pytest.mark.parametrize("token", ["", "prod-0815", "run-1", "x" * 64, f"else-{'0' * 40}"])
+def test_a_machine_that_somebody_has_tagged_as_ours_is_not_ours(ec2: Ec2, token: str) -> None:
+    """Whoever may tag can put our tags onto any machine of the account; we would end it."""
+    listed = [described(0, ["n-9"], ClientToken=token), described(1)]
+    ec2.stub.add_response("describe_instances", {"Reservations": [{"Instances": listed}]})
+    assert [instance.id for instance in ec2.cloud.instances("run")] == ["i-1"]
 
 
 def test_a_right_that_is_withdrawn_is_named_and_throttling_is_told_apart(ec2: Ec2) -> None:

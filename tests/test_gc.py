@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,12 @@ from snakemake_executor_plugin_schlouder.lease import Lease
 from snakemake_executor_plugin_schlouder.localcloud import Faults, LocalCloud
 from snakemake_executor_plugin_schlouder.localcloud.authorization import ACCOUNT
 from snakemake_executor_plugin_schlouder.model import VM, SchlouderError, TaskState, VMState
-from snakemake_executor_plugin_schlouder.provision import CloudUnavailable, Instance, this_owner
+from snakemake_executor_plugin_schlouder.provision import (
+    CloudUnavailable,
+    Instance,
+    client_token,
+    this_owner,
+)
 from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable
 from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 
@@ -281,7 +287,8 @@ class Account:
         self.state = state
         self.slurm = slurm
 
-    def launch(self, tags: Mapping[str, str]) -> str:
+    def launch(self, tags: Mapping[str, str], token: str = "") -> str:
+        """`token`: of the launch; else the one schlouder gives."""
         pairs: Any = [{"Key": key, "Value": value} for key, value in tags.items()]
         specification: Any = [{"ResourceType": "instance", "Tags": pairs}] if tags else []
         reply = self.ec2.run_instances(
@@ -290,6 +297,10 @@ class Account:
             MinCount=1,
             MaxCount=1,
             TagSpecifications=specification,
+            ClientToken=token
+            or client_token(
+                tags.get("schlouder:run", ""), [uuid.uuid4().hex], "m5.large", "on-demand", "", 1
+            ),
         )
         return str(reply["Instances"][0]["InstanceId"])
 
@@ -526,6 +537,13 @@ def test_a_job_of_others_keeps_a_machine_and_a_node(
     assert cli.main(["gc", "--yes"]) == 1
     assert "the Slurm node schlouder-r1-1 is left: jobs 17 of others" in capsys.readouterr().err
     assert "schlouder-r1-1" in account.slurm.leases_
+
+
+def test_a_machine_that_somebody_has_tagged_as_ours_is_not_listed(account: Account) -> None:
+    tags = {"schlouder:run": "r1", "schlouder:owner": this_owner(), "schlouder:node": "n"}
+    account.launch(tags, token=str(uuid.uuid4()))
+    ours = account.vm()
+    assert [one.id for one in gc.list_machines(account.ec2)] == [ours]
 
 
 def test_hostile_tags_end_nothing_else(

@@ -208,7 +208,8 @@ def test_a_strategy_of_the_users_own_is_named_by_module_and_class() -> None:
         ("json:NoSuchClass", "cannot be imported"),
         (":X", "cannot be imported"),
         ("json:JSONDecoder", "is no strategy; it lacks name, reuses_vms, one_type, choose"),
-        ("json:loads", "cannot be made"),
+        ("zipfile:ZipFile", "cannot be made"),
+        ("sys:exit", "is no class"),
     ],
 )
 def test_what_is_no_strategy_is_told(name: str, message: str) -> None:

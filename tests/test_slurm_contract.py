@@ -338,6 +338,24 @@ class TestSeveralNodes:
         until(lambda: phase(slurm, wide) == JobPhase.LOST)
 
 
+def submit_as_nobody(vms: Vms, job: JobRequest) -> list[str]:
+    """The id of a job that looks like `job` and is of another user."""
+    done = subprocess.run(
+        [
+            *("sbatch", "--parsable", f"--job-name={job.run}", f"--comment={job.key}"),
+            *(f"--nodelist={NODE}", "--chdir=/tmp", "--output=/dev/null", "--wrap=sleep 100"),
+        ],
+        env={**os.environ, **vms.environment},
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
 class TestCancel:
     def test_one(self, slurm: Cluster, job: JobRequest) -> None:
         other = replace(job, key="other")
@@ -359,6 +377,24 @@ class TestCancel:
             assert phase(slurm, theirs) in (JobPhase.WAITING, JobPhase.RUNNING)
         finally:
             vms.slurm("scancel", f"--name={theirs.run}")
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="submits as another user")
+    def test_a_job_of_another_user_with_our_name_and_key_is_not_ours(
+        self, slurm: Cluster, vms: Vms, job: JobRequest
+    ) -> None:
+        """Anybody may choose them; and an operator may cancel the jobs of all."""
+        (forged,) = submit_as_nobody(vms, job)
+        try:
+            until(lambda: slurm.foreign_jobs(job.run) == {NODE: [forged]})
+            assert slurm.view(job.run).jobs == {}
+            slurm.cancel_run(job.run)
+            (ours,) = submit(slurm, job)
+            assert slurm.view(job.run).jobs[job.key].slurm_id == ours
+            slurm.cancel_run(job.run)
+            until(lambda: phase(slurm, job) == JobPhase.FAILED)
+            assert vms.slurm("squeue", "-hj", forged, "-o%T") == "RUNNING"
+        finally:
+            vms.slurm("scancel", forged)
 
     def test_a_job_that_never_was_is_not_known(self, slurm: Cluster, job: JobRequest) -> None:
         (slurm_id,) = submit(slurm, job)

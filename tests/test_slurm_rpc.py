@@ -28,6 +28,8 @@ from snakemake_executor_plugin_schlouder.slurm.rpc import (
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
 
 PYSLURM = """\
+import os
+
 class RPCError(Exception):
     pass
 
@@ -51,10 +53,13 @@ class Jobs:
     @staticmethod
     def load():
         job = dict(id=7, state="RUNNING", state_reason=None, start_time=1790000000, end_time=4e9)
+        job["user_id"] = os.getuid()
         free, limited = dict(job, time_limit=None), dict(job, time_limit=60)
         jobs = [Record(name="run", comment="free", **free)]
         jobs += [Record(name="run", comment="limited", **limited), Undecodable(comment="x", **free)]
-        return dict(enumerate([*jobs, Record(name="other", comment="y", **free)]))
+        theirs = dict(free, user_id=os.getuid() + 1)
+        jobs += [Record(name="run", comment="free", **theirs), Record(name="other", comment="y", **free)]
+        return dict(enumerate(jobs))
 
 class JobSubmitDescription:
     def __init__(self, script, **fields):

@@ -11,6 +11,7 @@ from importlib import resources
 
 from .. import lease
 from ..model import ON_DEMAND, InstanceType, SchlouderError
+from ..printable import shown
 from ..slurm.cli import OLDEST
 
 LIMIT = 16384
@@ -22,7 +23,7 @@ EFS_OPTIONS = "nfsvers=4.1,rsize=1048576,wsize=1048576,hard,timeo=600,retrans=2,
 _SERVICES = ("ssm", "secretsmanager")
 _SYSTEM = re.compile("/(bin|boot|dev|etc|lib|lib64|proc|root|run|sbin|sys|usr|var)?")
 _MOUNT = re.compile(
-    r"(?P<server>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):(?P<path>/[A-Za-z0-9_.@/+-]*)"
+    r"(?P<server>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):(?P<path>/[A-Za-z0-9_.@/+-]*)"
     r"=(?P<point>/[A-Za-z0-9_.@/+-]*)(?P<options>(?:,[a-z0-9_]+(?:=[A-Za-z0-9_.:/+-]+)?)*)"
 )
 
@@ -42,10 +43,10 @@ class ClusterKey:
         if not colon:
             service, name = "ssm", text
         letters = r"[A-Za-z0-9_./-]+" if service == "ssm" else r"[A-Za-z0-9_./+=@:-]+"
-        if service not in _SERVICES or not re.fullmatch(letters, name):
+        if service not in _SERVICES or not re.fullmatch(rf"(?!-){letters}", name):
             raise SchlouderError(
-                f"cluster-key: {text!r} is not allowed; it is ssm:/NAME (letters, digits and _ . - /) or "
-                "secretsmanager:NAME"
+                f"cluster-key: {shown(text)} is not allowed; it is ssm:/NAME (letters, digits and _ . - /) "
+                "or secretsmanager:NAME"
             )
         return cls(service, name)
 
@@ -92,18 +93,19 @@ def _mount(text: str) -> Mount:
     found = _MOUNT.fullmatch(text)
     if found is None:
         raise SchlouderError(
-            f"mount: {text!r} is not allowed; it is SERVER:/PATH=/MOUNTPOINT[,OPTION...], such as "
+            f"mount: {shown(text)} is not allowed; it is SERVER:/PATH=/MOUNTPOINT[,OPTION...], such as "
             "nas.example.org:/export=/data,nfsvers=4.2"
         )
     server, point = found["server"], found["point"].rstrip("/") or "/"
     if _SYSTEM.fullmatch(point) or ".." in point.split("/"):
         raise SchlouderError(
-            f"mount: {text!r} would hide {found['point']} of the VM; "
+            f"mount: {shown(text)} would hide {found['point']} of the VM; "
             "take a directory of its own, such as /data"
         )
     if re.fullmatch(r"fs-[0-9a-f]+", server):
         raise SchlouderError(
-            f"mount: {text!r} names an EFS file system by its id; write {server}.efs.REGION.amazonaws.com"
+            f"mount: {shown(text)} names an EFS file system by its id; "
+            f"write {server}.efs.REGION.amazonaws.com"
         )
     efs = EFS_OPTIONS if re.match(r"fs-[0-9a-f]+\.efs\.", server) else ""
     options = ",".join(filter(None, [efs, found["options"].lstrip(",")]))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..store import distrusted, make_private
+
 DAY = 86400.0
 KEPT = 7 * DAY
 """Seconds after which no answer is used any more."""
@@ -19,7 +21,7 @@ KEPT = 7 * DAY
 class Answers:
     """The answers of one endpoint in one region, by question; JSON in one file, for its owner alone.
 
-    It only saves time: a file that is damaged, or cannot be written, is as good as none.
+    It only saves time: a file that is damaged, of another user, or cannot be written, is as good as none.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Answers:
 
     def _read(self) -> dict[str, tuple[float, Any]]:
         try:
+            if distrusted(self._path):
+                return {}
             found = json.loads(self._path.read_text(encoding="utf-8"))
             return {name: (float(date), answer) for name, (date, answer) in found.items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -58,7 +62,7 @@ class Answers:
 
     def _write(self, text: str) -> None:
         """In one step, so that nobody reads half a file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(self._path.parent)
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=self._path.parent, suffix=".new", delete=False
         ) as file:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..model import ON_DEMAND, SPOT, InstanceType, SchlouderError
+from ..printable import plain, shown
 
 _T = TypeVar("_T")
 _Cells = dict[str, str]
@@ -18,6 +19,7 @@ TYPE_COLUMNS = ("instance_type", "vcpus", "memory_mib")
 PRICE_COLUMNS = ("instance_type", "usd_per_hour")
 ARCHITECTURES = ("x86_64", "arm64")
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}"
 _SHOWN = 5
 
 
@@ -34,7 +36,7 @@ class Table:
         return "usd_per_hour" in self._header()
 
     def error(self, text: str) -> SchlouderError:
-        return SchlouderError(f"{self.setting}: {self.name}{text}")
+        return SchlouderError(plain(f"{self.setting}: {self.name}{text}"))
 
     def read(
         self, required: Sequence[str], row: Callable[[_Cells], tuple[str, _T]]
@@ -122,7 +124,7 @@ def _price(cells: _Cells) -> tuple[str, _Price]:
         _dollars(cells["usd_per_hour"]),
     )
     if price.zone and price.market == ON_DEMAND:
-        raise ValueError(f"zone: {price.zone!r}; only spot prices differ by zone")
+        raise ValueError(f"zone: {shown(price.zone)}; only spot prices differ by zone")
     return " ".join(filter(None, (price.market, price.kind, price.zone, price.region))), price
 
 
@@ -154,16 +156,21 @@ def _by_column(header: list[str], cells: list[str]) -> _Cells:
 
 
 def _named(cells: _Cells) -> str:
-    if not cells["instance_type"]:
+    name = cells["instance_type"]
+    if not name:
         raise ValueError("instance_type: empty")
-    return cells["instance_type"]
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(
+            f"instance_type: {shown(name)} is not allowed; it is letters, digits and . _ : / + -"
+        )
+    return name
 
 
 def _one_of(cells: _Cells, column: str, allowed: Sequence[str]) -> str:
     """The first one if nothing is given."""
     given = cells.get(column, "") or allowed[0]
     if given not in allowed:
-        raise ValueError(f"{column}: {given!r} is not allowed; it is {' or '.join(allowed)}")
+        raise ValueError(f"{column}: {shown(given)} is not allowed; it is {' or '.join(allowed)}")
     return given
 
 
@@ -173,7 +180,7 @@ def _dollars(text: str) -> float:
         raise ValueError("usd_per_hour: empty; a row without a price is to be left out")
     price = float(text) if re.fullmatch(r"\d+(\.\d*)?([eE][-+]?\d+)?|\.\d+", text) else math.nan
     if not math.isfinite(price):
-        raise ValueError(f"usd_per_hour: {text!r} is no price; it is a number of at least 0")
+        raise ValueError(f"usd_per_hour: {shown(text)} is no price; it is a number of at least 0")
     return price
 
 
@@ -181,7 +188,9 @@ def _whole(cells: _Cells, column: str, least: int) -> int:
     """`least` if nothing is given and nothing may be."""
     text = cells.get(column, "") or ("0" if least == 0 else "")
     if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < least:
-        raise ValueError(f"{column}: {text!r} is not allowed; it is a whole number from {least}")
+        raise ValueError(
+            f"{column}: {shown(text)} is not allowed; it is a whole number from {least}"
+        )
     return int(text)
 
 

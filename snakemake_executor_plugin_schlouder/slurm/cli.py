@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..lease import Lease, parse
+from ..printable import one_line, plain
 from . import (
     ClusterInfo,
     ClusterUnavailable,
@@ -112,14 +113,15 @@ def minutes(limit: float) -> int:
 
 
 def parse_jobs(text: str) -> dict[str, JobStatus]:
-    """squeue's lines in `_JOB_FORMAT`, by submission key; jobs without a key are not ours."""
+    """squeue's lines in `_JOB_FORMAT`, by submission key; jobs without a key are not ours. The reason comes
+    last, for it may hold anything, such as signs that `splitlines` takes for the end of a line."""
     jobs = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = line.split("|", 5)
         if len(fields) == 6 and fields[4] not in ("", "(null)"):
             slurm_id, state, started, ended, key, reason = fields
             jobs[key] = JobStatus(
-                key, slurm_id, phase_of(state), state, reason, _time(started), _time(ended)
+                key, slurm_id, phase_of(state), state, plain(reason), _time(started), _time(ended)
             )
     return jobs
 
@@ -127,19 +129,19 @@ def parse_jobs(text: str) -> dict[str, JobStatus]:
 def parse_nodes(text: str) -> dict[str, NodeStatus]:
     """sinfo's lines in `_NODE_FORMAT`, one node each (`--Node`), by name."""
     nodes = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = line.split("|", 2)
         if len(fields) == 3:
             name, state, reason = fields
             bare = state.rstrip(_NODE_FLAGS).lower()
-            nodes[name] = NodeStatus(name, bare, "*" not in state, reason)
+            nodes[name] = NodeStatus(name, bare, "*" not in state, plain(reason))
     return nodes
 
 
 def parse_leases(text: str) -> dict[str, Lease | None]:
     """`scontrol --oneliner show node`: all nodes, with the leases in their comments."""
     found = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name = re.match(r"NodeName=(\S+)", line)
         comment = re.search(r" Comment=(.*)", line)
         if name is not None:
@@ -260,7 +262,8 @@ def submit_side_by_side(
 
 
 class SlurmCommands:
-    """The adapter. `partition` is the one whose nodes are ours."""
+    """The adapter. `partition` is the one whose nodes are ours. Jobs of other users are not ours whatever
+    their names and comments, which anybody may choose; an operator could even cancel them: hence `--me`."""
 
     def __init__(self, partition: str, passed: Mapping[str, str] | None = None) -> None:
         """`passed`: variables, secrets among them, that jobs get beside our environment."""
@@ -292,6 +295,11 @@ class SlurmCommands:
         """What jobs get."""
         return _environment(self._passed)
 
+    def _bare_environment(self) -> dict[str, str]:
+        """For commands that start no job."""
+        kept = _environment({})
+        return {name: value for name, value in kept.items() if name not in self._passed}
+
     def submit(self, jobs: Sequence[JobRequest]) -> list[SubmitOutcome]:
         return submit_side_by_side(jobs, self.submit_one, SIDE_BY_SIDE, self.patience)
 
@@ -309,7 +317,14 @@ class SlurmCommands:
 
     def view(self, run: str, nodes: bool = True) -> ClusterView:
         jobs = self._read(
-            ["squeue", f"--name={run}", "--states=all", "--noheader", f"--format={_JOB_FORMAT}"]
+            [
+                "squeue",
+                "--me",
+                f"--name={run}",
+                "--states=all",
+                "--noheader",
+                f"--format={_JOB_FORMAT}",
+            ]
         )
         return ClusterView(parse_jobs(jobs), self._nodes() if nodes else {})
 
@@ -326,7 +341,7 @@ class SlurmCommands:
         return parse_nodes(listed)
 
     def cancel_run(self, run: str) -> None:
-        self._read(["scancel", f"--name={run}"])
+        self._read(["scancel", "--me", f"--name={run}"])
 
     def knows(self, slurm_id: str) -> bool:
         done = self._run(["scontrol", "show", "job", slurm_id])
@@ -340,7 +355,9 @@ class SlurmCommands:
         self._read(["scancel", *slurm_ids])
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
-        ours = set(self._read(["squeue", f"--name={run}", "--noheader", "--format=%i"]).split())
+        ours = set(
+            self._read(["squeue", "--me", f"--name={run}", "--noheader", "--format=%i"]).split()
+        )
         listed = self._read(
             [
                 "squeue",
@@ -390,7 +407,7 @@ class SlurmCommands:
             ]
         )
         found: dict[str, list[tuple[str, str]]] = {}
-        for line in listed.splitlines():
+        for line in listed.removesuffix("\n").split("\n") if listed else ():
             slurm_id, _, rest = line.partition("|")
             of_job, _, name = rest.partition("|")
             for node in self._expand(of_job):
@@ -461,7 +478,8 @@ class SlurmCommands:
             raise ClusterUnavailable(last_line(done.stderr))
 
     def _run(self, arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it."""
+        """Runs one command in a session of its own, so that a Ctrl-C at the terminal does not end it. Only
+        sbatch, which hands them on, gets the variables that jobs are passed."""
         self.patience.check()
         with subprocess.Popen(
             arguments,
@@ -471,7 +489,7 @@ class SlurmCommands:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-            env=self.environment(),
+            env=self.environment() if arguments[0] == "sbatch" else self._bare_environment(),
         ) as process:
             try:
                 output = self._talk(process, arguments[0], stdin)
@@ -511,4 +529,4 @@ def last_line(text: str) -> str:
     """The last line that says something; below it a command may say where its help is."""
     lines = [line.strip() for line in text.splitlines()]
     told = [line for line in lines if line and not line.startswith("Try ")]
-    return told[-1] if told else "no message"
+    return one_line(told[-1]) if told else "no message"

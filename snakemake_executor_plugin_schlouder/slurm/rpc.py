@@ -23,6 +23,7 @@ from typing import IO, Any
 from snakemake_interface_executor_plugins.logging import LoggerExecutorInterface
 
 from ..lease import Lease
+from ..printable import plain
 from . import (
     Cluster,
     ClusterInfo,
@@ -170,7 +171,7 @@ def node_status(name: str, state: str, reason: str) -> NodeStatus:
         word = next((flag for flag in ("maint", "reserved", "planned") if flag in flags), base)
     else:
         word = base
-    return NodeStatus(name, word, "not_responding" not in flags, reason)
+    return NodeStatus(name, word, "not_responding" not in flags, plain(reason))
 
 
 def propagated(config: Mapping[str, str]) -> list[str]:
@@ -369,4 +370,4 @@ def _job_status(
     key: str, slurm_id: str, state: str, reason: str, started: int | None, ended: int | None
 ) -> JobStatus:
     times = (None if time is None else float(time) for time in (started, ended))
-    return JobStatus(key, slurm_id, phase_of(state), state, reason, *times)
+    return JobStatus(key, slurm_id, phase_of(state), state, plain(reason), *times)

@@ -53,8 +53,8 @@ class Worker:
         return str(job.submit())
 
     def jobs(self, run: str) -> list[tuple[str, str, str, str, int | None, int | None]]:
-        """Key, id, state, reason, start and end (seconds since the epoch) of the jobs named `run`."""
-        now = time.time()
+        """Key, id, state, reason, start and end (seconds since the epoch) of this user's jobs named `run`."""
+        now, user = time.time(), os.getuid()
         return [
             (
                 _text(job, "comment"),
@@ -65,7 +65,7 @@ class Worker:
                 _end(job, now),
             )
             for job in self._pyslurm.Jobs.load().values()
-            if _text(job, "name") == run and _text(job, "comment")
+            if job.user_id == user and _text(job, "name") == run and _text(job, "comment")
         ]
 
     def nodes(self, partition: str) -> list[tuple[str, str, str]]:
