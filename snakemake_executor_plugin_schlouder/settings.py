@@ -567,10 +567,10 @@ def _keep(text: str, problems: list[str]) -> Keep:
     except SchlouderError as error:
         problems.append(str(error))
         return Keep()
-    if kept.seconds <= NEARLY_OVER:
+    if not NEARLY_OVER < kept.seconds <= _LONGEST_LEASE:
         problems.append(
-            f"--schlouder-keep: {shown(text)} is too short for another run to take a VM; it must be more than "
-            f"{NEARLY_OVER:.0f} s, paid or off"
+            f"--schlouder-keep: {shown(text)} is not allowed; it must be more than {NEARLY_OVER:.0f}s, or no run "
+            "could take the VM in time, and at most 30d, or paid or off"
         )
     return kept
 
