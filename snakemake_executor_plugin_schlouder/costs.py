@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .journal import TaskRecord, VMRecord
+from .lease import NOTICED
 from .market.tariff import SpotHistory
 from .model import FREE_WHEN_TAKEN, SPOT, Billing
 
@@ -116,12 +117,12 @@ def _units(billing: Billing, uptime: float) -> int:
 
 
 def keeping_bill(vm: VMRecord, billing: Billing) -> float | None:
-    """USD that a VM which was handed over costs, beyond what the run has paid, if no run takes it. None:
-    nobody knows the price."""
+    """USD that a VM which was handed over costs at most, beyond what the run has paid, if no run takes it.
+    None: nobody knows the price."""
     begun, given, until = _begun(vm), vm.ended, vm.kept_until
     if vm.price is None or given is None or until is None:
         return None
-    units = _units(billing, until - begun) - _units(billing, given - begun)
+    units = _units(billing, until + NOTICED - begun) - _units(billing, given - begun)
     return vm.price * units * billing.unit / 3600
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from . import store
 from .ec2.account import Ec2Settings
 from .ec2.joining import Join
-from .lease import Lease
+from .lease import NOTICED, Lease
 from .model import VM, Billing, InstanceType, VMState
 from .planning import Wanted
 from .provision import Cloud, Instance
@@ -28,7 +28,7 @@ from .slurm import Cluster, ClusterUnavailable, NodeStatus
 
 VERSION = 1
 
-NEARLY_OVER = 60.0
+NEARLY_OVER = NOTICED
 """Seconds before its end within which a VM is not taken any more: its new owner's word might come too
 late."""
 
@@ -61,13 +61,12 @@ class Keep:
     def left(self, billing: Billing, uptime: float, idle_for: float = 0.0) -> float:
         """Seconds that a VM still stays; 0 or less: it goes."""
         if self.is_paid:
-            return billing.paid_left(uptime) - billing.margin
+            return billing.paid_left(uptime) - billing.margin - NOTICED
         return self.seconds - idle_for
 
     def has_effect(self, billing: Billing) -> bool:
         """Whether any VM can be kept for long enough to be taken."""
-        paid = max(billing.unit, billing.minimum) - billing.margin
-        return (paid if self.is_paid else self.seconds) > NEARLY_OVER
+        return self.left(billing, 0.0) > NEARLY_OVER
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def _vm_lines(vm: VMRecord, bill: Bill | None, billing: Billing) -> str:
 
 def _kept(vm: VMRecord, billing: Billing) -> str:
     usd = keeping_bill(vm, billing)
-    cost = "" if usd is None else f"; if none takes it, that costs {_usd(usd)} more"
+    cost = "" if usd is None else f"; if none takes it, that costs at most {_usd(usd)} more"
     return f"stays for the next run until {_clock(vm.kept_until)}{cost}"
 
 

@@ -142,7 +142,7 @@ def test_a_vm_that_was_kept_is_in_the_books_of_both_runs() -> None:
     for run in ("r1", "r2"):
         journal.begin_run(replace(RUN, run=run, unit=3600.0, minimum=0.0))
     given = replace(machine(), state=VMState.HANDED_OVER, price=0.36, instance_id="i-0abc")
-    given.ready, given.ended, given.kept_until = 1006.0, 1100.0, 4549.0
+    given.ready, given.ended, given.kept_until = 1006.0, 1100.0, 4489.0
     taken = replace(given, state=VMState.READY, origin="r1", taken=1100.0, kept_until=None)
     taken.ended = None
     journal.write("r1", [given])
@@ -154,8 +154,11 @@ def test_a_vm_that_was_kept_is_in_the_books_of_both_runs() -> None:
     ]
     assert left.vm_count == 7
     first = report.as_text(report.run_report(journal, "r1"))
-    until = time.strftime("%H:%M:%S", time.localtime(4549))
-    assert f"stays for the next run until {until}; if none takes it, that costs 0.0000 USD" in first
+    until = time.strftime("%H:%M:%S", time.localtime(4489))
+    assert (
+        f"stays for the next run until {until}; if none takes it, that costs at most 0.0000 USD"
+        in first
+    )
     assert "handed over, 1 unit = 0.3600 USD]" in first
     second = report.as_text(report.run_report(journal, "r2"))
     assert (

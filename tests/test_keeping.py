@@ -23,7 +23,7 @@ from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings
 from snakemake_executor_plugin_schlouder.ec2.joining import Join, Mount
 from snakemake_executor_plugin_schlouder.keeping import NEARLY_OVER, Keep, Kept, Mark, Shelf
 from snakemake_executor_plugin_schlouder.launcher import Limits
-from snakemake_executor_plugin_schlouder.lease import Lease
+from snakemake_executor_plugin_schlouder.lease import NOTICED, Lease
 from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import (
     ON_DEMAND,
@@ -62,10 +62,10 @@ def shelf(tmp_path: Path) -> Shelf:
 @pytest.mark.parametrize(
     ("keep", "billing", "uptime", "idle_for", "left"),
     [
-        (PAID, HOURS, 600, 0, 2950),
-        (PAID, HOURS, 600, 500, 2950),
-        (PAID, HOURS, 3590, 0, -40),
-        (PAID, HOURS, 3610, 0, 3540),
+        (PAID, HOURS, 600, 0, 2890),
+        (PAID, HOURS, 600, 500, 2890),
+        (PAID, HOURS, 3590, 0, -100),
+        (PAID, HOURS, 3610, 0, 3480),
         (TEN_MINUTES, HOURS, 3590, 0, 600),
         (TEN_MINUTES, SECONDS, 5, 100, 500),
         (Keep(), HOURS, 600, 0, 0),
@@ -81,6 +81,7 @@ def test_nothing_is_ever_paid_ahead_in_units_of_a_second() -> None:
     assert PAID.has_effect(HOURS)
     assert not PAID.has_effect(SECONDS)
     assert TEN_MINUTES.has_effect(SECONDS)
+    assert not PAID.has_effect(Billing(160, 0)) and PAID.has_effect(Billing(171, 0))
     assert not any(PAID.left(SECONDS, up) > NEARLY_OVER for up in range(200))
 
 
@@ -270,7 +271,7 @@ def test_three_runs_in_one_hour_cost_one_hour(shelf: Shelf, tmp_path: Path) -> N
     assert sum(books(rig).usd or 0.0 for rig in rigs) == pytest.approx(0.36)
     assert provider_bills(world, HOURS) == 3600
     lease = world.leases[world.alive()[0]]
-    assert lease.kept and lease.until <= 1000 + 3600 - HOURS.margin
+    assert lease.kept and lease.until <= 1000 + 3600 - HOURS.margin - NOTICED
 
 
 def test_by_the_second_each_run_pays_to_its_hand_over_and_the_next_one_from_there(
@@ -285,7 +286,7 @@ def test_by_the_second_each_run_pays_to_its_hand_over_and_the_next_one_from_ther
         world.pass_time(200)
     (vm,) = rigs[0].journal.vms("r1")
     assert vm.state == VMState.HANDED_OVER and (vm.ended, vm.kept_until) == (1110, 1710)
-    assert keeping_bill(vm, SECONDS) == pytest.approx(600 * 0.36 / 3600)
+    assert keeping_bill(vm, SECONDS) == pytest.approx((600 + NOTICED) * 0.36 / 3600)
     last = rig_of(tmp_path, "r4", shelf, world, billing=SECONDS, keep=Keep())
     work(last, 1, "one-vm-for-all")
     last.broker.release()
@@ -388,7 +389,7 @@ def test_a_vm_with_a_job_of_somebody_else_is_not_handed_over(shelf: Shelf, tmp_p
 def test_too_little_paid_time_is_not_kept(shelf: Shelf, tmp_path: Path) -> None:
     rig = rig_of(tmp_path, "r1", shelf)
     work(rig)
-    rig.world.now = 1000 + 3600 - HOURS.margin - NEARLY_OVER
+    rig.world.now = 1000 + 3600 - HOURS.margin - NOTICED - NEARLY_OVER
     end(rig)
     assert rig.world.alive() == [] and owners(shelf, rig) == []
 

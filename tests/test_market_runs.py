@@ -13,6 +13,7 @@ from workflows import PATIENCE, Site, node_of, wait_for
 
 from snakemake_executor_plugin_schlouder.costs import Account, account
 from snakemake_executor_plugin_schlouder.journal import Journal, VMRecord, journal_path
+from snakemake_executor_plugin_schlouder.lease import NOTICED
 from snakemake_executor_plugin_schlouder.localcloud.faults import Faults
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, Billing
 from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
@@ -200,7 +201,7 @@ def test_three_runs_in_an_hour_use_one_vm_and_cost_one_hour(site: Site) -> None:
         assert sum(account.usd or 0.0 for account in books) == pytest.approx(bill.usd_per_hour)
         (lease,) = parse_leases(site.slurm("scontrol", "--oneliner", "show", "node")).values()
         assert lease is not None and lease.kept and lease.run == run_of(sites[-1])[1]
-        assert bill.launched + 3000 < lease.until <= bill.launched + 3600 - 50
+        assert bill.launched + 3000 < lease.until <= bill.launched + 3600 - 50 - NOTICED
     finally:
         end_by_hand(site, [i for i in site.alive() if i not in before])
 

@@ -69,7 +69,11 @@ def test_vms_are_kept_as_paid_or_for_a_time(text: str, keep: Keep) -> None:
         ({"keep": "on"}, "--schlouder-keep: 'on' is no duration; allowed are positive seconds or"),
         (
             {"keep": "1m"},
-            "--schlouder-keep: '1m' is too short for another run to take a VM; it must",
+            "--schlouder-keep: '1m' is not allowed; it must be more than 60s, or no run",
+        ),
+        (
+            {"keep": "31d"},
+            "--schlouder-keep: '31d' is not allowed; it must be more than 60s, or no",
         ),
         ({"keep": None}, "--schlouder-keep: '' is no duration"),
         (
