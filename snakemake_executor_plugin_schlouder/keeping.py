@@ -90,8 +90,9 @@ class Mark:
         region: str,
         endpoint: str,
     ) -> Mark:
-        made_of = (replace(settings, types=(), markets=()), join, billing.unit, billing.minimum)
-        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
+        made_of = replace(settings, types=(), markets=()), replace(join, first_lease=0.0)
+        text = repr((*made_of, billing.unit, billing.minimum))
+        digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(join.controller, partition, region, endpoint, digest)
 
 

@@ -569,8 +569,8 @@ def _keep(text: str, problems: list[str]) -> Keep:
         return Keep()
     if not NEARLY_OVER < kept.seconds <= _LONGEST_LEASE:
         problems.append(
-            f"--schlouder-keep: {shown(text)} is not allowed; it must be more than {NEARLY_OVER:.0f}s, or no run "
-            "could take the VM in time, and at most 30d, or paid or off"
+            f"--schlouder-keep: {shown(text)} is not allowed; it must be more than {NEARLY_OVER:.0f}s, or no "
+            "run could take the VM in time, and at most 30d, or paid or off"
         )
     return kept
 

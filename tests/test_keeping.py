@@ -97,6 +97,7 @@ def test_a_machine_is_known_by_all_it_was_made_of() -> None:
     join = Join("head:6817", "/run/s", "ssm:/key")
     same = mark(join, types=("m5.large",), markets=(SPOT,))
     assert mark(join) == same, "of which type a VM is, and on which market, is asked of each"
+    assert mark(replace(join, first_lease=77.0)) == same, "that ends when it has joined"
     others = [
         mark(replace(join, controller="other:6817")),
         mark(replace(join, key="ssm:/other")),
