@@ -286,23 +286,22 @@ def _place(record: RunRecord) -> tuple[str, str]:
 def connect(regions: Sequence[str], everywhere: bool) -> dict[str, EC2Client]:
     """A client for each region: the given ones (none: the default one of AWS's settings), or all that the
     account has; SchlouderError says what is missing."""
-    if not everywhere:
-        clients = [_client(region) for region in regions or [""]]
+    try:
+        session = aws_session(regions[0] if regions else "")
+        first: EC2Client = patient_client(session, "ec2")
+        names = _all_regions(first) if everywhere else regions
+        clients = [patient_client(session, "ec2", name) for name in names] or [first]
         return {client.meta.region_name: client for client in clients}
-    first = _client(regions[0] if regions else "")
-    try:
-        found = asked("--all-regions", "region", lambda: first.describe_regions()["Regions"])
-    except RightMissing as error:
-        raise SchlouderError(f"--all-regions: {error}; --region NAME does without") from error
-    return {name: _client(name) for name in sorted(region["RegionName"] for region in found)}
-
-
-def _client(region: str) -> EC2Client:
-    try:
-        client: EC2Client = patient_client(aws_session(region), "ec2")
     except SchlouderError as error:
         raise SchlouderError(str(error).replace("--schlouder-region", "--region")) from error
-    return client
+
+
+def _all_regions(ec2: EC2Client) -> list[str]:
+    try:
+        found = asked("--all-regions", "region", lambda: ec2.describe_regions()["Regions"])
+    except RightMissing as error:
+        raise SchlouderError(f"--all-regions: {error}; --region NAME does without") from error
+    return sorted(region["RegionName"] for region in found)
 
 
 def list_machines(ec2: EC2Client) -> list[Machine]:

@@ -218,8 +218,12 @@ def test_every_setting_and_resource_is_in_the_tables() -> None:
 
 @pytest.mark.parametrize("setting", [field.name for field in fields(ExecutorSettings)])
 def test_a_bad_setting_is_one_clear_error(
-    setting: str, record_property: Callable[[str, object], None]
+    setting: str,
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     for what, value in HOSTILE.items():
         try:
             validated(given(**{setting: value}))

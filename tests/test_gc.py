@@ -766,5 +766,11 @@ def place(vms: Vms) -> tuple[str, str]:
 
 
 def tagged(tags: Mapping[str, str]) -> dict[str, Any]:
+    """Of a launch with these tags, as schlouder does it if they name a run."""
     pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
-    return {"TagSpecifications": [{"ResourceType": "instance", "Tags": pairs}]}
+    given: dict[str, Any] = {"TagSpecifications": [{"ResourceType": "instance", "Tags": pairs}]}
+    run = tags.get("schlouder:run")
+    if run is not None:
+        node = tags.get("schlouder:node", "")
+        given["ClientToken"] = client_token(run, [node], "m5.large", "on-demand", "", 1)
+    return given

@@ -133,26 +133,29 @@ def aws_session(region: str) -> boto3.Session:
     return session
 
 
-def aws_client(session: boto3.Session, service: str, config: Config) -> Any:
+def aws_client(session: boto3.Session, service: str, config: Config, region: str = "") -> Any:
+    """`region`: another one than that of the session."""
     from botocore.exceptions import BotoCoreError, InvalidRegionError
 
     try:
-        return session.client(service, config=config)  # type: ignore[call-overload]
+        return session.client(  # type: ignore[call-overload]
+            service, config=config, region_name=region or None
+        )
     except InvalidRegionError as error:
         raise SchlouderError(
-            f"--schlouder-region: {session.region_name!r} is no AWS region such as eu-west-1"
+            f"--schlouder-region: {region or session.region_name!r} is no AWS region such as eu-west-1"
         ) from error
     except (BotoCoreError, ValueError) as error:
         raise SchlouderError(f"AWS: {error}; check AWS_ENDPOINT_URL and ~/.aws/config") from error
 
 
-def patient_client(session: boto3.Session, service: str) -> Any:
+def patient_client(session: boto3.Session, service: str, region: str = "") -> Any:
     """One for questions that are asked but once: what is throttled is repeated for a minute. The buckets of
     an account are shared by all who use it, and fill up again within seconds."""
     from botocore.config import Config
 
     config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard"})
-    client = aws_client(session, service, config)
+    client = aws_client(session, service, config, region)
     client.meta.events.register(f"needs-retry.{service}", throttle_pause)
     return client
 
