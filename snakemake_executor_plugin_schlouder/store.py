@@ -133,12 +133,14 @@ def _connected(path: Path | str, schema: str, version: int) -> sqlite3.Connectio
         path.chmod(0o600)
     db = sqlite3.connect(path, check_same_thread=False, timeout=30)
     try:
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_wal(db)
         db.execute("PRAGMA synchronous = FULL")
-        if found == 0 and not _tables(db):
-            db.executescript(f"BEGIN; {schema} PRAGMA user_version = {version}; COMMIT;")
-        elif found != version:
+        with db:
+            # Somebody else may be making it just now.
+            db.execute("BEGIN EXCLUSIVE")
+            _make_if_new(db, schema, version)
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        if found != version:
             raise sqlite3.DatabaseError(f"version {found}")
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok" or not is_of(db, schema):
             raise sqlite3.DatabaseError("damaged")
@@ -146,6 +148,25 @@ def _connected(path: Path | str, schema: str, version: int) -> sqlite3.Connectio
         db.close()
         raise
     return db
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """SQLite itself does not wait for its turn to do this, as it does with everything else."""
+    for left in reversed(range(100)):
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if not left:
+                raise
+            time.sleep(0.05)
+
+
+def _make_if_new(db: sqlite3.Connection, schema: str, version: int) -> None:
+    if db.execute("PRAGMA user_version").fetchone()[0] == 0 and not _tables(db):
+        for statement in schema.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {version}")
 
 
 def _moved_aside(path: Path) -> Path:

@@ -235,3 +235,23 @@ def test_vms_that_were_never_started_are_counted_only() -> None:
     assert "node-2" not in text
     assert "node-3" in text
     assert "1 VM more asked for and not started" in text
+
+
+def test_two_processes_may_make_the_same_journal_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; "
+        "from snakemake_executor_plugin_schlouder.journal import Journal; "
+        "time.sleep(max(0.0, float(sys.argv[2]) - time.time())); "
+        "print([Journal(Path(sys.argv[1], str(n), 'journal.sqlite')).set_aside for n in range(20)])"
+    )
+    start = str(time.time() + 1.0)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), start],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    told = [process.communicate()[0] for process in both]
+    assert told == [f"{[None] * 20}\n"] * 2
