@@ -248,7 +248,7 @@ class Attempts:
             begun = self._revoke(self._desk.config.exit_file(task))
             if self._desk.gangs.is_gone(vm):
                 self._rescue(vm, task)
-            elif task.slurm_id is None and not begun:
+            elif not begun:
                 self.again(vm, task)
             else:
                 self._lose(vm, f"Slurm lost its job {task.slurm_id or task.attempt_key}")
