@@ -389,6 +389,12 @@ def test_a_job_is_gone_only_when_slurm_says_so(path: Path) -> None:
         SlurmCommands("schlouder").knows("7", "r-3.1")
 
 
+def test_jobs_in_a_directory_are_told_by_name(path: Path) -> None:
+    commands(path, squeue="echo 'schlouder-1|/w/a'; echo 'mine|/w/a|b'; echo 'other|/w/a/b'")
+    assert SlurmCommands("schlouder").jobs_in(Path("/w/a")) == {"schlouder-1"}
+    assert SlurmCommands("schlouder").jobs_in(Path("/w/a|b")) == {"mine"}
+
+
 def test_only_what_is_meant_is_cancelled(path: Path, tmp_path: Path) -> None:
     """slurmctld has lost job 7, and given its id to somebody else's."""
     told = tmp_path / "told"

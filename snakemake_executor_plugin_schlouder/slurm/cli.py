@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from ..lease import Lease, parse
 from ..printable import one_line, plain
@@ -360,6 +361,12 @@ class SlurmCommands:
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             raise ClusterUnavailable(last_line(done.stderr))
         return dict(line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+
+    def jobs_in(self, workdir: Path) -> set[str]:
+        """Names of the user's jobs that wait or run in this directory."""
+        listed = self._read(["squeue", "--me", "--noheader", "--format=%j|%Z"])
+        jobs = (line.partition("|") for line in listed.splitlines())
+        return {name for name, _, directory in jobs if directory == str(workdir)}
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         ours = set(
