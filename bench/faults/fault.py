@@ -30,7 +30,7 @@ RESUMES = "resumes"
 """Snakemake is gone; started again, it completes."""
 
 LEASE = 60
-"""Seconds, where a fault is about leases."""
+"""Seconds, where a fault is about leases. A VM's first one is longer by the boot timeout."""
 
 LONGEST = 600.0
 """Seconds after which a Snakemake is given up."""
@@ -103,7 +103,8 @@ def run(fault: Fault, directory: Path, cloud: str) -> Result:
     with on_cloud(directory, cloud, **options) as (place, foreigner):
         scene = Scene(place, fault.options, fault.parts, fault.free)
         if fault.leased:
-            scene.options = (*fault.options, "--schlouder-lease", f"{LEASE}s")
+            first = ("--schlouder-boot-timeout", str(LEASE // 2))
+            scene.options = (*fault.options, "--schlouder-lease", f"{LEASE}s", *first)
             scene.settle = 2.0 * LEASE
         with at_work(scene):
             return _struck(fault, scene, foreigner)
