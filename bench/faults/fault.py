@@ -168,7 +168,7 @@ def _outcome(fault: Fault, scene: Scene, code: int) -> str:
         return RESUMES
     if fault.says not in scene.said:
         return f"an error that does not say {fault.says!r}"
-    left = scene.left()
+    left = scene.left(nodes=not fault.leased)
     return f"an error that leaves {', '.join(left)}" if left else CLEAN_ERROR
 
 

@@ -150,19 +150,20 @@ class Scene:
         found = [one for one in self.own() if node_of(one) == node]
         return str(found[-1]["InstanceId"])
 
-    def left(self) -> list[str]:
-        """Instances and nodes of this directory that are there though nothing runs, when machines had time to
-        end."""
+    def left(self, nodes: bool = True) -> list[str]:
+        """Instances of this directory that are there though nothing runs, when machines had time to end, and
+        the records of their `nodes`."""
         patience = time.monotonic() + self.settle
-        while (found := self._left()) and time.monotonic() < patience:
+        while (found := self._left(nodes)) and time.monotonic() < patience:
             time.sleep(0.3)
         return found
 
-    def _left(self) -> list[str]:
-        machines = [str(one["InstanceId"]) for one in self.alive()]
-        nodes = {node_of(one) for one in self.own() if one["InstanceId"] not in self.excused}
-        left = [name for name in machines if name not in self.excused]
-        return [*left, *(name for name in self.place.nodes() if name in nodes)]
+    def _left(self, with_nodes: bool) -> list[str]:
+        meant = [one for one in self.own() if one["InstanceId"] not in self.excused]
+        states = {str(one["InstanceId"]): one["State"]["Name"] for one in meant}
+        machines = [name for name, state in states.items() if state != "terminated"]
+        nodes = {node_of(one) for one in meant} if with_nodes else set()
+        return machines + [name for name in self.place.nodes() if name in nodes]
 
     # -- moments
 
