@@ -11,7 +11,7 @@ import gc
 import logging
 import tempfile
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench.rows import Row
@@ -150,10 +150,10 @@ class _World:
 
     def cancel_run(self, run: str) -> None: ...
 
-    def knows(self, slurm_id: str) -> bool:
+    def knows(self, slurm_id: str, key: str) -> bool:
         return True
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None: ...
+    def cancel(self, jobs: Mapping[str, str]) -> None: ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         return {}

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,14 @@ def running_site() -> Iterator[Site]:
         options = Options(name=f"bench-{os.getpid()}", boot_seconds=(0, 0), share=[scratch, ROOT])
         with LocalCloud.up(options, attached=True) as cloud:
             os.environ.update(cloud.environment())
-            start_peer_nodes()
+            start_nodes(PEER_NODES, "peers")
             state = json.loads((cloud.folder / "state.json").read_text())
             yield Site(scratch, dict(os.environ), state["host_pid"])
 
 
-def start_peer_nodes() -> None:
-    """Starts the nodes the peers run on, and waits until Slurm has them."""
+def start_nodes(nodes: Sequence[str], run: str) -> None:
+    """Starts machines that are none of a workflow's, tagged as of `run`, on the cloud of this process's
+    environment, and waits until Slurm has them."""
     slurm = SlurmCommands(PARTITION)
     info = slurm.check()
     names = ("IMAGE", "SUBNETS", "INSTANCE_PROFILE")
@@ -86,20 +87,18 @@ def start_peer_nodes() -> None:
     cloud = connect(settings, join, "bench")
     (kind,) = catalog.connect(cloud.client, "", print).named([INSTANCE_TYPE])
     requests = [
-        LaunchRequest(
-            "peers", node, client_token("peers", [node], kind.name, ON_DEMAND, "", 1), kind
-        )
-        for node in PEER_NODES
+        LaunchRequest(run, node, client_token(run, [node], kind.name, ON_DEMAND, "", 1), kind)
+        for node in nodes
     ]
     for outcome in cloud.launch(requests):
         if not isinstance(outcome, Instance):
-            raise RuntimeError(f"no node for the peers: {outcome}")
+            raise RuntimeError(f"no machine for {run}: {outcome}")
 
     def are_up() -> bool:
-        nodes = slurm.view("none").nodes
-        return all(name in nodes and nodes[name].accepts_jobs for name in PEER_NODES)
+        known = slurm.view("none").nodes
+        return all(name in known and known[name].accepts_jobs for name in nodes)
 
-    wait_for(are_up, "the peers' nodes did not join Slurm")
+    wait_for(are_up, f"the nodes of {run} did not join Slurm")
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str) -> None:

@@ -67,7 +67,7 @@ from .quoting import RULES, quoted_options, shell_command
 from .reattach import changed, content_of, identity_of, is_made
 from .resources import IGNORED, of_group
 from .settings import Config, RuleSettings, rule_settings, validated
-from .slurm import Cluster
+from .slurm import Cluster, ClusterUnavailable
 from .slurm.cli import SlurmCommands
 from .slurm.rpc import choose
 
@@ -79,6 +79,7 @@ _PAUSE_QUIET = 1.0
 _LOOK_UP = 0.05
 _FAILED_ROUNDS = 60
 _LAUNCH_TIMEOUT = 300.0
+_JOB_NAME = re.compile("schlouder-[0-9a-f]{8}")
 
 
 class Executor(RemoteExecutor):
@@ -290,6 +291,7 @@ class Executor(RemoteExecutor):
         market = self._market(asked, cloud, offered, markets)
         _check_sizes(asked, market)
         self._journal = self._open_journal()
+        check_strays(commands, self._journal, self._workdir)
         left = self._take_over(self._journal, cloud, offered, market.tariff)
         broker_config = BrokerConfig(
             run=self._run,
@@ -904,6 +906,22 @@ def _check_sizes(asked: Mapping[Any, RuleSettings], market: Market) -> None:
     ]
     if problems:
         raise SchlouderError("\n".join(problems))
+
+
+def check_strays(commands: SlurmCommands, journal: Journal, workdir: Path) -> None:
+    """SchlouderError while jobs of a run work here that this journal does not know: they write what this run
+    is to write."""
+    known = {f"schlouder-{record.run}" for record in journal.runs()}
+    try:
+        found = {name for name in commands.jobs_in(workdir) if _JOB_NAME.fullmatch(name)}
+    except ClusterUnavailable as error:
+        raise SchlouderError(f"Slurm: slurmctld does not answer ({error})") from error
+    if strays := ",".join(sorted(found - known)):
+        raise SchlouderError(
+            f"jobs of a run that the journal does not know work in {workdir}: its journal was lost, or is "
+            f"on another host. Wait until they have ended, or end them with `scancel --name={strays}`; "
+            "`schlouder gc` finds the VMs they leave."
+        )
 
 
 def _display_name(job: Any) -> str:

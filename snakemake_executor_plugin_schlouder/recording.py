@@ -333,12 +333,13 @@ class TapedCluster:
     def cancel_run(self, run: str) -> None:
         self.tape.call("cluster.cancel_run", None, lambda: _there(self.real).cancel_run(run))
 
-    def knows(self, slurm_id: str) -> bool:
-        return self.tape.call("cluster.knows", slurm_id, lambda: _there(self.real).knows(slurm_id))
+    def knows(self, slurm_id: str, key: str) -> bool:
+        asked = [slurm_id, key]
+        return self.tape.call("cluster.knows", asked, lambda: _there(self.real).knows(*asked))
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        ids = list(slurm_ids)
-        self.tape.call("cluster.cancel", ids, lambda: _there(self.real).cancel(ids))
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        asked = dict(jobs)
+        self.tape.call("cluster.cancel", asked, lambda: _there(self.real).cancel(asked))
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         return self.tape.call(

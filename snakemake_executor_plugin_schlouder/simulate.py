@@ -13,7 +13,7 @@ import heapq
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -186,10 +186,10 @@ class _World:
 
     def cancel_run(self, run: str) -> None: ...
 
-    def knows(self, slurm_id: str) -> bool:
+    def knows(self, slurm_id: str, key: str) -> bool:
         return True
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None: ...
+    def cancel(self, jobs: Mapping[str, str]) -> None: ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         return {}

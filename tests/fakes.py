@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -531,18 +531,16 @@ class FakeSlurm:
             if job.request.run == run:
                 self.world.cancel(job)
 
-    def knows(self, slurm_id: str) -> bool:
+    def knows(self, slurm_id: str, key: str) -> bool:
         self._answer()
-        return any(
-            job.slurm_id == slurm_id and self._remembers(key, job)
-            for key, job in self.world.jobs.items()
-        )
+        job = self.world.jobs.get(key)
+        return job is not None and job.slurm_id == slurm_id and self._remembers(key, job)
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         self._answer("cancel")
-        self.touched += [one for jobs in self.foreign.values() for one in jobs if one in slurm_ids]
-        for job in self.world.jobs.values():
-            if job.slurm_id in slurm_ids:
+        self.touched += [one for ids in self.foreign.values() for one in ids if one in jobs]
+        for key, job in self.world.jobs.items():
+            if jobs.get(job.slurm_id) == key and key not in self.forgotten:
                 self.world.cancel(job)
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:

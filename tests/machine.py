@@ -15,7 +15,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -236,12 +236,12 @@ class Slurm(FakeSlurm):
         super().__init__(world)
         self.history = history
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         if not self.away:
             for job in self.world.jobs.values():
-                if job.slurm_id in slurm_ids:
+                if job.slurm_id in jobs:
                     self.history.may_stop(job)
-        super().cancel(slurm_ids)
+        super().cancel(jobs)
 
     def fail(self, node: str, reason: str) -> None:
         if not self.away:

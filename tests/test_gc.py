@@ -340,6 +340,7 @@ def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: Words) -> It
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNAKEMAKE_SCHLOUDER_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    monkeypatch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gc, "GRACE", 0.0)

@@ -159,6 +159,32 @@ def test_ten_minutes_without_slurm_that_then_knows_none_of_the_jobs(rig: Rig) ->
     assert (running.state, running.attempt) == (TaskState.COMPLETE, 1)
 
 
+def test_a_job_that_slurm_lost_before_it_began_costs_no_vm(rig: Rig) -> None:
+    """slurmctld was killed before it had saved the job; what runs beside it goes on."""
+    lost, other = rig.give(2, seconds=300, strategy="one-vm-for-all")
+    rig.run(20)
+    job = rig.world.jobs[lost.attempt_key]
+    job.unlaunched, job.state = True, "PENDING"
+    rig.slurm.forgotten.add(lost.attempt_key)
+    rig.run(700)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert (lost.attempt, other.attempt) == (2, 1)
+    assert len(rig.cloud.launched) == 1
+
+
+def test_a_job_whose_id_slurm_has_given_to_another_is_gone(rig: Rig) -> None:
+    """slurmctld was killed before it had saved the job; the other one runs on."""
+    rig.cloud.allow_kill = True
+    lost, other = rig.give(2, seconds=300)
+    rig.run(20)
+    rig.slurm.forgotten.add(lost.attempt_key)
+    assert lost.slurm_id is not None
+    rig.world.jobs[other.attempt_key].slurm_id = lost.slurm_id
+    rig.run(700)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert (lost.attempt, other.attempt) == (2, 1)
+
+
 def test_a_job_no_node_has_heard_of_is_taken_back_and_runs_on_its_vm(tmp_path: Path) -> None:
     """slurmctld was restarted between its decision and the node's hearing of it; another job goes on."""
     rig = Rig(tmp_path, launch_timeout=100.0)

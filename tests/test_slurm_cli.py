@@ -379,13 +379,30 @@ def test_in_a_hurry_nobody_waits_long_for_a_silent_slurm(path: Path) -> None:
 
 
 def test_a_job_is_gone_only_when_slurm_says_so(path: Path) -> None:
-    commands(path, scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert not SlurmCommands("schlouder").knows("7")
-    commands(path, scontrol="echo 'JobId=7'")
-    assert SlurmCommands("schlouder").knows("7")
-    commands(path, scontrol="echo 'Socket timed out' >&2; exit 1")
+    commands(path, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert not SlurmCommands("schlouder").knows("7", "r-3.1")
+    commands(path, squeue="echo '7|r-3.1'")
+    assert SlurmCommands("schlouder").knows("7", "r-3.1")
+    assert not SlurmCommands("schlouder").knows("7", "r-2.1"), "its id was given away again"
+    commands(path, squeue="echo 'Socket timed out' >&2; exit 1")
     with pytest.raises(ClusterUnavailable):
-        SlurmCommands("schlouder").knows("7")
+        SlurmCommands("schlouder").knows("7", "r-3.1")
+
+
+def test_jobs_in_a_directory_are_told_by_name(path: Path) -> None:
+    commands(path, squeue="echo 'schlouder-1|/w/a'; echo 'mine|/w/a|b'; echo 'other|/w/a/b'")
+    assert SlurmCommands("schlouder").jobs_in(Path("/w/a")) == {"schlouder-1"}
+    assert SlurmCommands("schlouder").jobs_in(Path("/w/a|b")) == {"mine"}
+
+
+def test_only_what_is_meant_is_cancelled(path: Path, tmp_path: Path) -> None:
+    """slurmctld has lost job 7, and given its id to somebody else's."""
+    told = tmp_path / "told"
+    commands(path, squeue="echo '7|another'; echo '8|r-4.1'", scancel=f'echo "$@" >>{told}')
+    SlurmCommands("schlouder").cancel({"7": "r-3.1", "8": "r-4.1", "9": "r-5.1"})
+    assert told.read_text() == "8\n"
+    SlurmCommands("schlouder").cancel({"7": "r-3.1"})
+    assert told.read_text() == "8\n"
 
 
 def test_a_percent_sign_in_a_path_is_no_pattern() -> None:

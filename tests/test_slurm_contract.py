@@ -361,11 +361,12 @@ class TestCancel:
         other = replace(job, key="other")
         first, _ = submit(slurm, job, other)
         until(lambda: phase(slurm, job) == JobPhase.RUNNING)
-        slurm.cancel([first])
+        slurm.cancel({first: "other"})
+        slurm.cancel({first: job.key})
         until(lambda: phase(slurm, job) == JobPhase.FAILED)
         assert slurm.view(job.run).jobs[job.key].state == "CANCELLED"
         assert phase(slurm, other) in (JobPhase.WAITING, JobPhase.RUNNING)
-        slurm.cancel([first])
+        slurm.cancel({first: job.key})
 
     def test_a_whole_run_and_no_other(self, slurm: Cluster, vms: Vms, job: JobRequest) -> None:
         theirs = replace(job, run=f"{job.run}x")
@@ -398,8 +399,9 @@ class TestCancel:
 
     def test_a_job_that_never_was_is_not_known(self, slurm: Cluster, job: JobRequest) -> None:
         (slurm_id,) = submit(slurm, job)
-        assert slurm.knows(slurm_id)
-        assert not slurm.knows("99999999")
+        assert slurm.knows(slurm_id, job.key)
+        assert not slurm.knows(slurm_id, f"{job.key}x")
+        assert not slurm.knows("99999999", job.key)
 
     def test_jobs_of_others_are_told_from_ours(self, slurm: Cluster, job: JobRequest) -> None:
         (slurm_id,) = submit(slurm, job)
@@ -428,7 +430,7 @@ class TestNodes:
         assert (status.state, status.reason) == ("draining", "no work | left é")
         assert not status.accepts_jobs and not status.is_drained
         assert not slurm.delete(node)
-        slurm.cancel([slurm_id])
+        slurm.cancel({slurm_id: job.key})
         until(lambda: slurm.view(job.run).nodes[node].is_drained)
         assert slurm.view(job.run).nodes[node].state == "drained"
         until(lambda: slurm.delete(node))

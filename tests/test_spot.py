@@ -295,7 +295,7 @@ def test_a_machine_that_goes_before_slurm_has_ended_its_task_counts_once(rig: Ri
     (task,) = rig.give(1, seconds=500, planned=500.0, spot=PREFER)
     rig.run(20)
     node = running(rig)
-    rig.slurm.cancel = lambda slurm_ids: None  # type: ignore[method-assign]
+    rig.slurm.cancel = lambda jobs: None  # type: ignore[method-assign]
     notice(rig, node, 10)
     rig.run(10)
     take(rig, node)

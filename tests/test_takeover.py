@@ -17,6 +17,7 @@ from rig import BIG, SMALL, Rig
 
 from snakemake_executor_plugin_schlouder import reattach
 from snakemake_executor_plugin_schlouder.bundles import Bundles
+from snakemake_executor_plugin_schlouder.executor import check_strays
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord, birth_of
 from snakemake_executor_plugin_schlouder.market.tariff import Tariff
 from snakemake_executor_plugin_schlouder.model import (
@@ -24,12 +25,14 @@ from snakemake_executor_plugin_schlouder.model import (
     PREFER,
     SPOT,
     Need,
+    SchlouderError,
     Task,
     TaskState,
     VMState,
 )
 from snakemake_executor_plugin_schlouder.pool import Announcement
 from snakemake_executor_plugin_schlouder.slurm import ClusterView, JobStatus
+from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase
 
 TYPES = {kind.name: kind for kind in (SMALL, BIG)}
@@ -313,6 +316,26 @@ def test_a_later_process_with_the_same_number_is_another_one() -> None:
     journal.begin_run(record)
     journal.begin_run(replace(record, run="earlier", birth=mine + "1"))
     assert journal.living_runs("host") == {"r"}
+
+
+class Squeue(SlurmCommands):
+    """One that lists these jobs in every directory."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__("schlouder")
+        self.names = set(names)
+
+    def jobs_in(self, workdir: Path) -> set[str]:
+        return self.names
+
+
+def test_nothing_begins_beside_jobs_of_a_run_whose_journal_was_lost(tmp_path: Path) -> None:
+    journal = Journal(":memory:")
+    journal.begin_run(RunRecord("0a1b2c3d", "/d", "host", 1, "r", "e", "s", 1.0))
+    known, unknown = "schlouder-0a1b2c3d", "schlouder-4e5f6a7b"
+    check_strays(Squeue(known, "my-own-job"), journal, tmp_path)
+    with pytest.raises(SchlouderError, match=f"scancel --name={unknown}`"):
+        check_strays(Squeue(known, unknown), journal, tmp_path)
 
 
 class Part:

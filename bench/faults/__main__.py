@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench.faults import crowd, everyday, histories, load
+from bench.faults import crowd, everyday, histories, load, matrix
 from bench.rows import Row, finish
 
 FAULTS: Mapping[str, Callable[[], list[Row]]] = {
@@ -20,16 +20,20 @@ FAULTS: Mapping[str, Callable[[], list[Row]]] = {
     "load": load.rows,
     "crowd": crowd.rows,
 }
-"""What can be shown alone, by its name. Each returns its rows, with `ok` None where something is missing."""
+"""What can be shown alone, by its name, beside the faults of the matrix. Each returns its rows, with `ok`
+None where something is missing."""
 
 
 def main(names: list[str]) -> int:
-    wrong = [name for name in names if name not in FAULTS]
+    known = [*FAULTS, *matrix.names()]
+    wrong = [name for name in names if name not in known]
     if wrong:
-        print(f"faults: no such fault: {', '.join(wrong)}; there are {', '.join(FAULTS)}")
+        print(f"faults: no such fault: {', '.join(wrong)}; there are {', '.join(known)}")
         return 2
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    rows = [row for name in names or FAULTS for row in FAULTS[name]()]
+    chosen = names or known
+    rows = [row for name in chosen if name in FAULTS for row in FAULTS[name]()]
+    rows += matrix.rows([name for name in chosen if name not in FAULTS])
     return finish(rows, Path("build/faults.json"))
 
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,11 +122,11 @@ class World:
 
     def cancel_run(self, run: str) -> None: ...
 
-    def knows(self, slurm_id: str) -> bool:
+    def knows(self, slurm_id: str, key: str) -> bool:
         return slurm_id in self.jobs
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        for id in slurm_ids:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        for id in jobs:
             self.jobs.pop(id, None)
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:

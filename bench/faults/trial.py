@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import boto3
-
+from bench.faults.place import Place, last_line, launched_twice, snakemake, started, wait
 from bench.site import ROOT
 from snakemake_executor_plugin_schlouder.costs import Bill, account
 from snakemake_executor_plugin_schlouder.journal import Journal, VMRecord
@@ -25,14 +19,12 @@ from snakemake_executor_plugin_schlouder.localcloud import (
     Options,
 )
 from snakemake_executor_plugin_schlouder.model import Billing
-from snakemake_executor_plugin_schlouder.provision import TAG_NODE
 
-WORKFLOW = ROOT / "example_workflow"
+SNAKEFILE = ROOT / "example_workflow" / "Snakefile"
+LOG = "snakemake.log"
 RESULTS = ("peptides.tsv", "psms.tsv", "summary.json", "report.png")
 LONGEST = 600.0
 """Seconds after which a run is given up."""
-
-_GRACE = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,10 +71,10 @@ class Outcome:
 def clean_results(directory: Path) -> dict[str, bytes]:
     """What the workflow makes where nothing goes wrong: without any cloud. Raises RuntimeError."""
     directory.mkdir(parents=True)
-    command = [*_snakemake(directory), "--cores", str(os.cpu_count() or 1)]
-    code = _run(command, dict(os.environ), directory / "snakemake.log")
+    command = [*snakemake(SNAKEFILE, directory), "--cores", str(os.cpu_count() or 1)]
+    code = wait(started(command, os.environ, directory / LOG), LONGEST)
     if code != 0:
-        raise RuntimeError(f"the workflow fails without faults, too: {_last_line(directory)}")
+        raise RuntimeError(f"the workflow fails without faults, too: {last_line(directory / LOG)}")
     return _results(directory)
 
 
@@ -97,24 +89,18 @@ def run(trial: Trial, directory: Path, expected: Mapping[str, bytes]) -> Outcome
         spot_price_seconds=trial.spot_price_seconds,
     )
     with LocalCloud.up(options, attached=True) as cloud:
-        return _observed(trial, cloud, directory, expected)
+        return _observed(trial, Place(cloud, directory, SNAKEFILE), expected)
 
 
-def _observed(
-    trial: Trial, cloud: LocalCloud, directory: Path, expected: Mapping[str, bytes]
-) -> Outcome:
-    environment = _environment(cloud, directory)
+def _observed(trial: Trial, place: Place, expected: Mapping[str, bytes]) -> Outcome:
+    cloud, directory = place.cloud, place.directory
     cloud.calls(reset=True)
     cloud.inject(trial.faults)
     begun = time.monotonic()
-    code = _run(
-        [*_snakemake(directory), "--executor", "schlouder", "--jobs", "100", *trial.options],
-        environment,
-        directory / "snakemake.log",
-    )
+    code = wait(place.start(trial.options, directory / LOG), LONGEST)
     seconds = time.monotonic() - begun
     meter, struck, calls = cloud.meter(), cloud.struck(), cloud.calls()
-    nodes = _nodes(environment)
+    nodes = place.nodes()
     cloud.inject(Faults())
     vms, bills = _books(directory, time.time())
     differences = [_difference(entry, vms, bills) for entry in meter]
@@ -129,7 +115,7 @@ def _observed(
         spot_vms=sum(entry.market == "spot" for entry in meter),
         leaked=[entry.instance_id for entry in meter if entry.ended is None],
         unknown=[entry.instance_id for entry in meter if entry.instance_id not in vms],
-        twice=_twice(cloud),
+        twice=launched_twice(place.instances()),
         nodes=nodes,
         billed_books=sum(bill.billed for bill in bills.values()),
         billed_meter=sum(entry.billed_seconds for entry in meter),
@@ -140,52 +126,9 @@ def _observed(
     )
 
 
-def _environment(cloud: LocalCloud, directory: Path) -> dict[str, str]:
-    """That of a user's shell, who has no earlier runs; VMs may be started in all zones."""
-    own = {f"XDG_{kind.upper()}_HOME": str(directory / kind) for kind in ("state", "cache")}
-    subnets = {"SNAKEMAKE_SCHLOUDER_SUBNETS": ",".join(cloud.subnets.values())}
-    return {**os.environ, **cloud.environment(), **subnets, **own}
-
-
-def _snakemake(directory: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(WORKFLOW / "Snakefile")),
-        *("--directory", str(directory)),
-    ]
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """The exit code. What takes too long, or is interrupted, is ended as Ctrl-C does, and then for good."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
-        try:
-            return process.wait(LONGEST)
-        except subprocess.TimeoutExpired:
-            return _end(process)
-        except BaseException:
-            _end(process)
-            raise
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        return process.wait(_GRACE) or 1
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
-
-
 def _what_is_wrong(code: int, directory: Path, expected: Mapping[str, bytes]) -> str:
     if code != 0:
-        return f"exit code {code}: {_last_line(directory)}"
+        return f"exit code {code}: {last_line(directory / LOG)}"
     found = _results(directory)
     differing = [name for name in RESULTS if found.get(name) != expected[name]]
     return f"{', '.join(differing)}: not as without faults" if differing else ""
@@ -194,41 +137,6 @@ def _what_is_wrong(code: int, directory: Path, expected: Mapping[str, bytes]) ->
 def _results(directory: Path) -> dict[str, bytes]:
     paths = {name: directory / "results" / name for name in RESULTS}
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
-
-
-def _last_line(directory: Path) -> str:
-    lines = (directory / "snakemake.log").read_text().split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-def _nodes(environment: Mapping[str, str]) -> list[str]:
-    command = ["sinfo", "--Node", "--noheader", "--format=%N"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
-
-
-def _twice(cloud: LocalCloud) -> list[str]:
-    """Names of VMs that more than one instance was started for, by tag and launch index."""
-    access = cloud.environment()
-    ec2: Any = boto3.client(
-        "ec2",
-        endpoint_url=access["AWS_ENDPOINT_URL"],
-        region_name=access["AWS_DEFAULT_REGION"],
-        aws_access_key_id=access["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=access["AWS_SECRET_ACCESS_KEY"],
-    )
-    started = Counter(
-        _vm_name(instance)
-        for page in ec2.get_paginator("describe_instances").paginate()
-        for reservation in page["Reservations"]
-        for instance in reservation["Instances"]
-    )
-    return [name for name, count in started.items() if count > 1]
-
-
-def _vm_name(instance: Mapping[str, Any]) -> str:
-    tags = {tag["Key"]: tag["Value"] for tag in instance["Tags"]}
-    return str(tags[TAG_NODE].split()[instance["AmiLaunchIndex"]])
 
 
 def _books(directory: Path, now: float) -> tuple[dict[str, VMRecord], dict[str, Bill]]:

@@ -92,11 +92,11 @@ class Attempts:
 
     def _cancel_strays(self, view: ClusterView) -> None:
         """Submissions that were given up, because no reply came, and arrived all the same."""
-        strays = [
-            status.slurm_id
+        strays = {
+            status.slurm_id: key
             for key, status in view.jobs.items()
             if key not in self.submitted and status.phase in (JobPhase.WAITING, JobPhase.RUNNING)
-        ]
+        }
         if strays:
             self._desk.try_cluster(lambda: self._desk.cluster.cancel(strays))
 
@@ -233,7 +233,7 @@ class Attempts:
                 self._desk.books.task(task)
             self._revoke(self._desk.config.exit_file(task))
         self._desk.flush()
-        known = [task.slurm_id for task in ending if task.slurm_id is not None]
+        known = {task.slurm_id: task.submission for task in ending if task.slurm_id is not None}
         if known:
             self._desk.try_cluster(lambda: self._desk.cluster.cancel(known))
 
@@ -248,7 +248,7 @@ class Attempts:
             begun = self._revoke(self._desk.config.exit_file(task))
             if self._desk.gangs.is_gone(vm):
                 self._rescue(vm, task)
-            elif task.slurm_id is None and not begun:
+            elif not begun:
                 self.again(vm, task)
             else:
                 self._lose(vm, f"Slurm lost its job {task.slurm_id or task.attempt_key}")
@@ -261,7 +261,7 @@ class Attempts:
         if task.slurm_id is None:
             return True
         try:
-            return not self._desk.cluster.knows(task.slurm_id)
+            return not self._desk.cluster.knows(task.slurm_id, task.submission)
         except ClusterUnavailable:
             return False
 

@@ -235,6 +235,21 @@ class LocalCloud:
         order = {"instance_id": instance_id, "notice": notice}
         control.ask(self.endpoint, "PUT", "reclaim", json.dumps(order))
 
+    def service(self, name: str, action: str) -> None:
+        """`kill`s or `end`s munged or slurmctld, `start`s it again, or `stop`s it, so that it does not
+        answer, and lets it `continue`."""
+        control.ask(self.endpoint, "PUT", "service", json.dumps({"name": name, "action": action}))
+
+    def vm(self, instance_id: str, action: str) -> None:
+        """`crash`es a VM, `cut`s it off the network, or `reconnect`s it."""
+        order = {"instance_id": instance_id, "action": action}
+        control.ask(self.endpoint, "PUT", "vm", json.dumps(order))
+
+    def run_in_vm(self, instance_id: str, *command: str) -> str:
+        """What a short command says as root in a VM, errors included."""
+        order = {"instance_id": instance_id, "command": command}
+        return str(control.ask(self.endpoint, "PUT", "vm", json.dumps(order)))
+
     def calls(self, *, reset: bool = False) -> Counter[str]:
         """How often ordinary callers (not VMs) have called each action, such as ec2:RunInstances, refused
         calls included; with `reset` the count begins at 0 again."""

@@ -1,7 +1,9 @@
 """How tests reach into a running cloud: JSON over HTTP, below `/_schlouder/` of its endpoint.
 
 `faults`: GET them, PUT others in their place. `struck`: GET how often each kind has happened since.
-`meter`: GET. `reclaim`: PUT {"instance_id": ..., "notice": ...}. `calls`: GET the number of calls per
+`meter`: GET. `service`: PUT {"name": "slurmctld", "action": "kill"}, see `Controller.act`. `vm`: PUT
+{"instance_id": ..., "action": "cut"}, see `Hypervisor.act`, or with "command" instead of an action, which is
+run in the VM. `reclaim`: PUT {"instance_id": ..., "notice": ...}. `calls`: GET the number of calls per
 action by ordinary callers; PUT anything to begin at 0 again.
 """
 
@@ -20,6 +22,8 @@ from snakemake_executor_plugin_schlouder.localcloud.faults import Faults
 if TYPE_CHECKING:
     from werkzeug.wrappers import Response
 
+    from snakemake_executor_plugin_schlouder.localcloud.controller import Controller
+    from snakemake_executor_plugin_schlouder.localcloud.hypervisor import Hypervisor
     from snakemake_executor_plugin_schlouder.localcloud.instances import Instances
 
 PREFIX = "/_schlouder/"
@@ -35,6 +39,8 @@ class Control:
 
     instances: Instances
     calls: Counter[str]
+    controller: Controller | None = None
+    hypervisor: Hypervisor | None = None
 
     def answer(self, method: str, path: str, body: bytes) -> Response:
         from snakemake_executor_plugin_schlouder.localcloud.answers import json_answer
@@ -62,7 +68,20 @@ class Control:
             if not self.instances.reclaim(order["instance_id"], order["notice"]):
                 raise ValueError(f"{order['instance_id']} is no spot instance that is alive")
             return None
+        if (method, name) == ("PUT", "service"):
+            assert self.controller is not None
+            order = json.loads(body)
+            return self.controller.act(order["name"], order["action"])
+        if (method, name) == ("PUT", "vm"):
+            return self._do_to_vm(json.loads(body))
         raise ValueError("there is no such order")
+
+    def _do_to_vm(self, order: dict[str, Any]) -> str:
+        assert self.hypervisor is not None
+        if "command" in order:
+            return self.hypervisor.run(order["instance_id"], order["command"])
+        self.hypervisor.act(order["instance_id"], order["action"])
+        return ""
 
 
 def ask(endpoint: str, method: str, name: str, body: str = "") -> Any:

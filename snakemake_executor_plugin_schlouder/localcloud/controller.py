@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ PARTITION = "schlouder"
 SCHEDULER = "batch_sched_delay=0,sched_interval=1,default_queue_depth=1000,bf_interval=1,bf_max_job_test=1000"
 FIRST_PORT = 6817
 START_SECONDS = 10.0
+_SIGNALS = {"stop": signal.SIGSTOP, "continue": signal.SIGCONT}
 
 SLURM_CONF = """\
 ClusterName=schlouder
@@ -68,7 +70,8 @@ class Controller:
     state: Path
     gateway: IPv4Address
     uid: int
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _ended: set[str] = field(default_factory=set)
 
     @property
     def slurm_conf(self) -> Path:
@@ -100,17 +103,36 @@ class Controller:
         raise ControllerError(f"slurmctld did not start: {_last_line(self.state, 'slurmctld.log')}")
 
     def running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+        """But for what `act` has ended."""
+        return all(
+            process.poll() is None
+            for name, process in self.processes.items()
+            if name not in self._ended
+        )
 
     def restart_if_shut_down(self) -> None:
         """Starts slurmctld again, with the state it saved, after `scontrol shutdown`."""
-        if self.processes[-1].poll() == 0:
-            self.processes.pop()
+        if self.processes["slurmctld"].poll() == 0 and "slurmctld" not in self._ended:
             self._run_slurmctld()
+
+    def act(self, name: str, action: str) -> None:
+        """`kill`s munged or slurmctld as a crash does, or `end`s it as an operator does, and `start`s it
+        again with the state it had; or `stop`s it, so that it does not answer, until it is to `continue`.
+        KeyError for any other word."""
+        process = self.processes[name]
+        if action == "start":
+            {"munged": self._run_munged, "slurmctld": self._run_slurmctld}[name]()
+            self._ended.discard(name)
+        elif action in ("kill", "end"):
+            self._ended.add(name)
+            process.kill() if action == "kill" else process.terminate()
+            process.wait()
+        else:
+            process.send_signal(_SIGNALS[action])
 
     def stop(self) -> None:
         """Without a farewell: slurmctld would take a second to save a state that nobody reads again."""
-        for process in self.processes:
+        for process in self.processes.values():
             process.kill()
             process.wait()
 
@@ -121,8 +143,19 @@ class Controller:
         with os.fdopen(descriptor, "wb") as file:
             file.write(key)
         os.chown(key_file, self.uid, -1)
+        self._run_munged()
+        end = time.monotonic() + START_SECONDS
+        while not self.munge_socket.exists():
+            if time.monotonic() > end or not self.running():
+                raise ControllerError(
+                    f"munged did not start: {_last_line(self.state, 'munged.log')}"
+                )
+            time.sleep(0.01)
+
+    def _run_munged(self) -> None:
+        folder = self.state / "munge"
         options = {
-            "key-file": key_file,
+            "key-file": folder / "munge.key",
             "socket": self.munge_socket,
             "pid-file": folder / "munged.pid",
             "seed-file": folder / "munged.seed",
@@ -132,14 +165,7 @@ class Controller:
             "--foreground",
             *(f"--{name}={path}" for name, path in options.items()),
         ]
-        self._start(command, "munged.log")
-        end = time.monotonic() + START_SECONDS
-        while not self.munge_socket.exists():
-            if time.monotonic() > end or not self.running():
-                raise ControllerError(
-                    f"munged did not start: {_last_line(self.state, 'munged.log')}"
-                )
-            time.sleep(0.01)
+        self._start("munged", command, "munged.log")
 
     def _start_slurmctld(self) -> None:
         parameters = ["enable_configless"]
@@ -170,7 +196,9 @@ class Controller:
         self._run_slurmctld()
 
     def _run_slurmctld(self) -> None:
-        self._start(["slurmctld", "-D", "-i", "-f", str(self.slurm_conf)], "slurmctld.out")
+        self._start(
+            "slurmctld", ["slurmctld", "-D", "-i", "-f", str(self.slurm_conf)], "slurmctld.out"
+        )
 
     def _resolve_to_gateway(self, hostname: str) -> None:
         """Lets slurmctld listen on the gateway address only.
@@ -182,10 +210,10 @@ class Controller:
         hosts.write_text(f"{self.gateway} {hostname}\n127.0.0.1 localhost\n")
         subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
 
-    def _start(self, command: list[str], log: str) -> None:
+    def _start(self, name: str, command: list[str], log: str) -> None:
         entry = pwd.getpwuid(self.uid)
         with (self.state / log).open("ab") as output:
-            process = subprocess.Popen(
+            self.processes[name] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -194,7 +222,6 @@ class Controller:
                 group=entry.pw_gid,
                 extra_groups=os.getgrouplist(entry.pw_name, entry.pw_gid),
             )
-        self.processes.append(process)
 
     def _own(self, path: Path, directory: bool = True) -> Path:
         path.mkdir() if directory else path.touch()

@@ -74,6 +74,8 @@ class Cloud:
         shown = Shown(self.start.hidden, self.start.shared)
         self.hypervisor = Hypervisor(subnet, self.folder, shown, (low, high), endpoint.report)
         endpoint.instances.hypervisor = self.hypervisor
+        endpoint.control.controller = self.controller
+        endpoint.control.hypervisor = self.hypervisor
         access = access_environment(f"http://{subnet.gateway}:{port}")
         os.environ.update(access)
         zones = create_network(subnet.cidr)

@@ -42,6 +42,7 @@ from snakemake_executor_plugin_schlouder.localcloud.prices import Hardware, Spot
 
 # A VM's disk is memory and ends with it, as an instance store does; EC2 refuses these for such instances too.
 UNSUPPORTED = {"StopInstances", "StartInstances", "RebootInstances"}
+MAY_BE_UNKNOWN = {"DescribeInstances", "TerminateInstances"}
 TYPES_PER_PAGE = 100
 PRICES_PER_PAGE = 1000
 # EC2 API reference, Ensuring idempotency; EC2 user guide, Run commands at launch with user data, and
@@ -108,7 +109,8 @@ class Ec2:
         try:
             if action == "RunInstances":
                 return self._run_instances(parameters, forward)
-            with self.instances.as_described():
+            unknown = action in MAY_BE_UNKNOWN and self.instances.injector.knows_nothing()
+            with self.instances.as_described(nothing=unknown):
                 return handlers.get(action, forward_parameters)(parameters, forward)
         except Refusal as refusal:
             return refusal.answer

@@ -84,7 +84,7 @@ class Endpoint:
         self.instances = Instances(self._lock, SpotMarket(price_list, spot_period), billing)
         self.ec2 = Ec2(self.instances)
         self.calls: Counter[str] = Counter()
-        self._control = Control(self.instances, self.calls)
+        self.control = Control(self.instances, self.calls)
 
     def serve(self, address: str) -> int:
         """Serves on a free port of `address` from now on; returns the port."""
@@ -113,7 +113,9 @@ class Endpoint:
     def _answer(self, environ: Environ, body: bytes) -> Response:
         if environ["PATH_INFO"].startswith(PREFIX):
             with self._lock:
-                return self._control.answer(environ["REQUEST_METHOD"], environ["PATH_INFO"], body)
+                return self.control.answer(environ["REQUEST_METHOD"], environ["PATH_INFO"], body)
+        if self.instances.injector.faults.away:
+            raise LostReply
         authorization = signature.Authorization.parse(environ.get("HTTP_AUTHORIZATION", ""))
         if authorization is None:
             return self._forward(environ, body)

@@ -65,6 +65,11 @@ class Faults:
     - `describe_lag`: how long a new instance is unknown to every other call (EC2 API reference, Eventual
       consistency).
     - `reclaim`: see `Reclaims`.
+    - `away`: nobody answers; every connection of the services is closed.
+    - `not_found`: probability that a call of DescribeInstances or TerminateInstances knows no instance at all
+      (EC2 API reference, Eventual consistency: InvalidInstanceID.NotFound for an instance that exists).
+    - `slow_end`: seconds that a machine goes on when EC2 calls it shutting-down (EC2 user guide, Terminate:
+      it runs its shutdown scripts, and may take a few minutes).
     - `vcpu_quota`: market → vCPUs that may be pending or running (EC2 user guide, Amazon EC2 service quotas).
     - `policy`: what ordinary callers may do; `vm_policy`: what a VM's temporary credentials may do.
       None: everything.
@@ -84,6 +89,9 @@ class Faults:
     never_join: float = 0.0
     describe_lag: float = 0.0
     reclaim: Reclaims = Reclaims()
+    away: bool = False
+    not_found: float = 0.0
+    slow_end: float = 0.0
     vcpu_quota: Mapping[str, int] = field(default_factory=dict)
     policy: Mapping[str, Any] | None = None
     vm_policy: Mapping[str, Any] | None = None
@@ -97,12 +105,14 @@ class Faults:
             "throttle.share": self.throttle.share,
             "lost_replies": self.lost_replies,
             "never_join": self.never_join,
+            "not_found": self.not_found,
             "reclaim.share": self.reclaim.share,
         }.items():
             _require(0 <= share <= 1, name, share, "a probability from 0 to 1")
         for name, seconds in {
             "throttle.seconds": self.throttle.seconds,
             "describe_lag": self.describe_lag,
+            "slow_end": self.slow_end,
             "reclaim.notice": self.reclaim.notice,
         }.items():
             _require(0 <= seconds < math.inf, name, seconds, "a number of seconds, 0 or more")
@@ -176,6 +186,9 @@ class Injector:
 
     def loses_reply(self) -> bool:
         return self._happens("lost_replies", self.faults.lost_replies)
+
+    def knows_nothing(self) -> bool:
+        return self._happens("not_found", self.faults.not_found)
 
     def lacks(self, service: str, action: str) -> bool:
         """Whether this cloud does not know the action; patterns without a service are of EC2's."""

@@ -74,6 +74,19 @@ class Hypervisor:
         if vm := self._vms.get(instance_id):
             vm.notices.update(notices)
 
+    def act(self, instance_id: str, action: str) -> None:
+        """`crash`es a running VM, `cut`s its link or `reconnect`s it. KeyError: there is no such VM, or
+        no such action."""
+        vm = self._vms[instance_id]
+        if action == "crash":
+            vm.crash()
+        else:
+            vm.switch_link({"cut": False, "reconnect": True}[action])
+
+    def run(self, instance_id: str, command: Sequence[str]) -> str:
+        """What `command` says as root in the VM, errors included; of no longer than a few seconds."""
+        return self._vms[instance_id].run_in(command)
+
     def console(self, instance_id: str) -> bytes:
         """The last 64 KiB of the VM's console, as GetConsoleOutput gives them."""
         path = self.console_path(instance_id)
@@ -105,6 +118,7 @@ class _VM(threading.Thread):
         self.doomed = threading.Event()
         self.lock = threading.Lock()
         self.notices: dict[str, bytes] = {}
+        self.pid = 0
         self.init: int | None = None
         """A pidfd of the VM's first process while there is one: a pid could be somebody else's by now."""
 
@@ -112,6 +126,29 @@ class _VM(threading.Thread):
         self.doomed.set()
         with self.lock:
             self._kill_init()
+
+    def crash(self) -> None:
+        """The host under it fails: nobody asked for its end."""
+        with self.lock:
+            self._kill_init()
+
+    def switch_link(self, on: bool) -> None:
+        network.switch_link(network.host_link(IPv4Address(self.machine.address)), on)
+
+    def run_in(self, command: Sequence[str]) -> str:
+        with self.lock:
+            if self.init is None:
+                raise KeyError(f"{self.machine.instance_id} does not run")
+            spaces = ["--mount", "--uts", "--ipc", "--net", "--pid"]
+            done = subprocess.run(
+                ["nsenter", f"--target={self.pid}", *spaces, "--", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=20,
+            )
+        return done.stdout.decode(errors="replace")
 
     def _kill_init(self) -> None:
         if self.init is not None:
@@ -136,7 +173,7 @@ class _VM(threading.Thread):
         try:
             pid = only_child(process.pid)
             with self.lock:
-                self.init = os.pidfd_open(pid)
+                self.pid, self.init = pid, os.pidfd_open(pid)
             if self.doomed.is_set():
                 self.terminate()
             else:

@@ -222,11 +222,12 @@ class Instances:
         )
 
     @contextlib.contextmanager
-    def as_described(self) -> Iterator[None]:
-        """Hides from moto what Describe does not show yet (EC2 API reference, Eventual consistency)."""
+    def as_described(self, nothing: bool = False) -> Iterator[None]:
+        """Hides from moto what Describe does not show yet (EC2 API reference, Eventual consistency), or all
+        with `nothing`."""
         now = time.time()
         reservations = backend().reservations
-        late = {life.instance.id for life in self._lives.values() if life.visible > now}
+        late = {life.instance.id for life in self._lives.values() if nothing or life.visible > now}
         hidden = {
             name: reservation
             for name, reservation in reservations.items()
@@ -292,6 +293,13 @@ class Instances:
         life.end(cause)
         _set_state(life.instance, SHUTTING_DOWN)
         life.explain()
+        slow = self.injector.faults.slow_end
+        if slow > 0:
+            self._later(slow, self._switch_off, life)
+        else:
+            self._switch_off(life)
+
+    def _switch_off(self, life: Life) -> None:
         self._hypervisor.terminate(life.instance.id)
 
     def _finish(self, life: Life, event: Event) -> None:

@@ -54,6 +54,12 @@ def delete_link(name: str) -> None:
     _run(["ip", "link", "delete", name])
 
 
+def switch_link(name: str, on: bool) -> None:
+    done = _run(["ip", "link", "set", name, "up" if on else "down"])
+    if done.returncode != 0:
+        raise NetworkError(done.stderr.strip())
+
+
 def connect(network: Network, address: IPv4Address, pid: int) -> str:
     """Joins the network namespace of process `pid` to the bridge; returns the host's end of the link."""
     link = host_link(address)

@@ -142,12 +142,14 @@ class Cluster(Protocol):
         """Cancels every job named `run`."""
         ...
 
-    def knows(self, slurm_id: str) -> bool:
-        """Whether Slurm has a record of this job; a job is not gone because a list lacks it."""
+    def knows(self, slurm_id: str, key: str) -> bool:
+        """Whether Slurm has a record of the job that was submitted with this key and got this id; a job is
+        not gone because a list lacks it. A slurmctld that has lost its last jobs gives their ids to others.
+        """
         ...
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        """Cancels these jobs; ended ones are no error."""
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        """Cancels the jobs with these ids, as long as they have these keys; ended ones are no error."""
         ...
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from ..lease import Lease, parse
 from ..printable import one_line, plain
@@ -343,16 +344,29 @@ class SlurmCommands:
     def cancel_run(self, run: str) -> None:
         self._read(["scancel", "--me", f"--name={run}"])
 
-    def knows(self, slurm_id: str) -> bool:
-        done = self._run(["scontrol", "show", "job", slurm_id])
-        if done.returncode == 0:
-            return True
-        if "Invalid job id" in done.stderr:
-            return False
-        raise ClusterUnavailable(last_line(done.stderr))
+    def knows(self, slurm_id: str, key: str) -> bool:
+        return key in self._keys([slurm_id]).values()
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        self._read(["scancel", *slurm_ids])
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        found = self._keys(jobs)
+        if meant := [slurm_id for slurm_id, key in jobs.items() if found.get(slurm_id) == key]:
+            self._read(["scancel", *meant])
+
+    def _keys(self, slurm_ids: Iterable[str]) -> dict[str, str]:
+        """Id -> key, of those that Slurm has a record of."""
+        ids = ",".join(slurm_ids)
+        done = self._run(
+            ["squeue", f"--jobs={ids}", "--states=all", "--noheader", "--format=%A|%k"]
+        )
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            raise ClusterUnavailable(last_line(done.stderr))
+        return dict(line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+
+    def jobs_in(self, workdir: Path) -> set[str]:
+        """Names of the user's jobs that wait or run in this directory."""
+        listed = self._read(["squeue", "--me", "--noheader", "--format=%j|%Z"])
+        jobs = (line.partition("|") for line in listed.splitlines())
+        return {name for name, _, directory in jobs if directory == str(workdir)}
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         ours = set(

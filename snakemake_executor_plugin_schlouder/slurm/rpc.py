@@ -309,11 +309,11 @@ class SlurmRpc:
     def cancel_run(self, run: str) -> None:
         self._commands.cancel_run(run)
 
-    def knows(self, slurm_id: str) -> bool:
-        return self._commands.knows(slurm_id)
+    def knows(self, slurm_id: str, key: str) -> bool:
+        return self._commands.knows(slurm_id, key)
 
-    def cancel(self, slurm_ids: Sequence[str]) -> None:
-        self._commands.cancel(slurm_ids)
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        self._commands.cancel(jobs)
 
     def foreign_jobs(self, run: str) -> dict[str, list[str]]:
         return self._commands.foreign_jobs(run)

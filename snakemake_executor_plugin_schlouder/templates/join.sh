@@ -118,8 +118,9 @@ def request():
 
 
 def ask():
+    """For two minutes, as long as nobody answers: that is no reason to throw a machine away."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for pause in (1, 2, 4, 8, 0):
+    for pause in (1, 2, 4, 8, *[15] * 7, 0):
         try:
             return json.load(opener.open(request(), timeout=30))
         except urllib.error.HTTPError as error:
