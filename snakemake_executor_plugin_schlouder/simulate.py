@@ -295,6 +295,7 @@ class Simulation:
             goal=scenario.goal,
             order=checked(scenario.order),
             tariff=scenario.tariff,
+            slurm_is_true=True,
         )
         self.broker = Broker(
             config,

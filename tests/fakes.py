@@ -102,10 +102,11 @@ class World:
 
     As in Slurm, a job that is pinned to a deleted node waits for the next node that takes its place.
 
-    `has_files`: job scripts leave their marks and exit codes in files, and heed a revocation. `done`: the
-    tasks whose work was really done. `notices`: seconds after which Slurm sees that a machine is gone, or
+    Job scripts leave their marks and exit codes in files, and heed a revocation. `done`: the tasks whose
+    work was really done. `notices`: seconds after which Slurm sees that a machine is gone, or
     `cut` off the network: its jobs go on to write, and nobody hears of it. `first_lease`: seconds after
-    which a machine without a word from its owner and without a job ends itself.
+    which a machine without a word from its owner and without a job ends itself. `launches_fail`: so many of
+    the next jobs cannot be begun by their node.
     """
 
     boot_time: float = 10.0
@@ -118,7 +119,7 @@ class World:
     revoked: set[str] = field(default_factory=set)
     displaced: list[SlurmJob] = field(default_factory=list)
     leases: dict[str, Lease] = field(default_factory=dict)
-    has_files: bool = False
+    launches_fail: int = 0
     done: list[str] = field(default_factory=list)
     notices: float = math.inf
     cut: set[str] = field(default_factory=set)
@@ -248,12 +249,18 @@ class World:
 
     def _begin(self, job: SlurmJob) -> None:
         job.state, job.started = "RUNNING", self.now
+        if self.launches_fail:
+            self.launches_fail -= 1
+            job.state, job.ended = "CANCELLED", self.now
+            return
         file = job.exit_file
-        has_mark = self.has_files and not job.bundled and Path(file + REVOKED).exists()
+        has_mark = not job.bundled and Path(file + REVOKED).exists()
         job.is_revoked = job.request.key in self.revoked or has_mark
         if job.is_revoked:
             job.state, job.ended = "FAILED", self.now
-        elif self.has_files and not job.bundled:
+        elif job.bundled:
+            self._advance_bundle(job)
+        else:
             Path(file + BEGUN).touch()
 
     def _end(self, job: SlurmJob) -> None:
@@ -262,7 +269,7 @@ class World:
         job.ended = job.started + job.walltime
         if not job.bundled and job.exit_code == 0:
             self.done.append(job.task)
-        if self.has_files and not job.bundled:
+        if not job.bundled:
             Path(job.exit_file).write_text(f"{job.exit_code}\n")
 
     def _advance_bundle(self, job: SlurmJob) -> None:
@@ -442,6 +449,7 @@ class FakeSlurm:
         self.away_for: set[str] = set()
         self.refuse: set[str] = set()
         self.forgotten: set[str] = set()
+        self.quiet: set[str] = set()
         self.reasons: dict[str, str] = {}
         self.deleted: list[str] = []
         self.foreign: dict[str, list[str]] = {}
@@ -516,10 +524,13 @@ class FakeSlurm:
             if state == "draining" and not (self.world.running_on(name) or name in self.foreign):
                 self.world.nodes[name] = "drained"
         known = {
-            name: NodeStatus(name, state, True, self.reasons.get(name, ""))
+            name: NodeStatus(name, state, self._hears_of(name), self.reasons.get(name, ""))
             for name, state in self.world.nodes.items()
         }
         return ClusterView(jobs, known if nodes else {})
+
+    def _hears_of(self, node: str) -> bool:
+        return node not in self.quiet and node not in self.world.cut
 
     def _remembers(self, key: str, job: SlurmJob) -> bool:
         is_over = job.ended is not None and self.world.now - job.ended > self.remembers

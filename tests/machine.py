@@ -274,6 +274,7 @@ class History(RuleBasedStateMachine):
     """
 
     cloud_of: ClassVar[type[Cloud]] = Cloud
+    slurm_is_true = False
     slurm_of: ClassVar[type[Slurm]] = Slurm
     journal_of: ClassVar[type[Disk]] = Disk
 
@@ -335,7 +336,6 @@ class History(RuleBasedStateMachine):
         self.world = World(
             boot_time=boot,
             end_time=end_time,
-            has_files=True,
             notices=60.0,
             first_lease=BOOT_TIMEOUT + LEASE,
         )
@@ -357,6 +357,7 @@ class History(RuleBasedStateMachine):
             limits=Limits(max_booting=booting),
             asks_seldom=asks_seldom,
             lease=LEASE,
+            slurm_is_true=self.slurm_is_true,
         )
         self.config.files.mkdir(parents=True)
         record = RunRecord(RUN, str(self.directory), "h", 1, "r", "e", "s", 0.0)

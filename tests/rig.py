@@ -13,7 +13,7 @@ from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
 from snakemake_executor_plugin_schlouder.keeping import Shelf
 from snakemake_executor_plugin_schlouder.model import Billing, InstanceType, Need, Task, TaskState
-from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of
+from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of, has_begun, revoke
 
 SMALL = InstanceType("m5.large", 2, 8192)
 BIG = InstanceType("m5.4xlarge", 16, 65536)
@@ -71,13 +71,13 @@ class Rig:
         )
 
     def _revoke(self, exit_file: str) -> bool:
-        """As the marker files do for a real script."""
         self.world.revoked.add(_key(exit_file))
+        revoke(exit_file)
         return self._begun(exit_file)
 
     def _begun(self, exit_file: str) -> bool:
         job = self.world.jobs.get(_key(exit_file))
-        return job is not None and job.started is not None and not job.unlaunched
+        return has_begun(exit_file) and not (job is not None and job.unlaunched)
 
     def give(
         self, count: int = 1, strategy: str = "one-vm-per-job", **values: object

@@ -36,6 +36,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
     JobRequest,
     SubmitOutcome,
 )
+from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of
 
 
 @pytest.fixture
@@ -159,9 +160,109 @@ def test_a_failing_job_fails_alone_with_its_exit_code(rig: Rig) -> None:
 
 def test_a_success_that_its_witness_denies_is_a_failure(rig: Rig) -> None:
     (task,) = rig.give(1)
-    witness(rig.config.files, f"{task.jobid}-rule.1", 9)
+    rig.witness = lambda exit_file: Exit(9)
     rig.run(60)
     assert rig.ended[task.key].reason == "ended with exit code 9"
+
+
+def test_a_success_without_an_exit_code_is_done_again_elsewhere(rig: Rig) -> None:
+    """slurmctld has taken the end of another job for it: the script goes on, its machine is ended first."""
+    (task,) = rig.give(1, seconds=300)
+    rig.run(20)
+    rig.world.jobs[task.attempt_key].state = "COMPLETED"
+    rig.run(80)
+    assert task.key not in rig.ended
+    rig.cloud.allow_kill = True
+    rig.run(500)
+    assert rig.states() == [TaskState.COMPLETE]
+    assert (task.attempt, task.losses) == (2, 1)
+    assert rig.world.done == [task.key]
+
+
+def test_an_exit_code_that_comes_late_counts(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=20)
+    rig.witness = lambda exit_file: None
+    rig.run(70)
+    assert task.key not in rig.ended
+    rig.witness = exit_of
+    rig.run(5)
+    assert (rig.states(), task.attempt) == ([TaskState.COMPLETE], 1)
+
+
+def test_a_job_that_slurmd_could_not_launch_runs_on_another_vm(rig: Rig) -> None:
+    """As where the disk of its VM is full."""
+    (task,) = rig.give(1)
+    rig.run(5)
+    rig.world.launches_fail = 1
+    rig.run(60)
+    first, second = rig.broker.vms()
+    assert first.state == VMState.GONE
+    assert rig.states() == [TaskState.COMPLETE]
+    assert (task.attempt, task.losses, task.vm) == (2, 1, second.name)
+
+
+def test_machines_of_which_ec2_knows_nothing_live_while_slurm_hears_of_them(rig: Rig) -> None:
+    rig.give(2, seconds=600)
+    rig.run(150)
+    rig.cloud.hidden = dict.fromkeys(rig.world.machines, rig.world.now + 300)
+    rig.run(600)
+    assert rig.states() == [TaskState.COMPLETE] * 2
+    assert len(rig.broker.vms()) == 2
+
+
+def test_a_machine_that_shows_itself_after_its_record_was_closed_is_ended(rig: Rig) -> None:
+    rig.give(2, seconds=600)
+    rig.run(150)
+    (id_, *_) = rig.world.machines
+    rig.cloud.allow_kill = True
+    rig.world.nodes["schlouder-r1-1"] = "down"
+    rig.cloud.hidden = {id_: rig.world.now + 200}
+    rig.run(180)
+    assert rig.broker.vms()[0].state == VMState.GONE
+    assert rig.world.machines[id_].instance.is_alive
+    rig.run(120)
+    assert not rig.world.machines[id_].instance.is_alive
+    assert rig.broker.vms()[0].state == VMState.GONE
+
+
+def test_no_job_of_somebody_else_is_ended_with_a_vm_that_is_no_good(rig: Rig) -> None:
+    (task,) = rig.give(1, seconds=300)
+    rig.run(20)
+    (vm,) = rig.broker.vms()
+    rig.slurm.foreign = {vm.name: ["77"]}
+    rig.slurm.forgotten.add(task.attempt_key)
+    rig.run(60)
+    assert vm.state == VMState.DRAINING
+    assert rig.world.machines["i-0000"].instance.is_alive
+    rig.slurm.foreign.clear()
+    rig.cloud.allow_kill = True
+    rig.run(500)
+    assert rig.states() == [TaskState.COMPLETE]
+
+
+def test_what_ran_on_a_vm_that_is_cut_off_waits_for_a_word_of_it(rig: Rig) -> None:
+    """Slurm calls the cancelled job ended, but its script goes on."""
+    (task,) = rig.give(1, seconds=300)
+    rig.run(20)
+    (vm,) = rig.broker.vms()
+    rig.world.jobs[task.attempt_key].state = "CANCELLED"
+    task.recalled = True
+    rig.slurm.quiet.add(vm.name)
+    rig.world.pass_time(1)
+    rig.run(30)
+    assert task.attempt == 1
+    rig.slurm.quiet.clear()
+    rig.run(10)
+    assert task.attempt == 2
+
+
+def test_a_vm_that_has_just_joined_hears_of_its_owner_at_once(rig: Rig) -> None:
+    rig.give(1, seconds=300)
+    rig.run(30)
+    rig.give(1, seconds=300)
+    rig.run(20)
+    first, second = (rig.world.leases[vm.name].written for vm in rig.broker.vms())
+    assert first < second <= first + 40
 
 
 def test_a_job_that_slurm_refuses_fails_alone(rig: Rig) -> None:

@@ -118,8 +118,8 @@ def test_what_a_lost_machine_had_done_counts_and_the_rest_runs_elsewhere(rig: Ri
 
 
 def test_a_drained_vm_ends_what_runs_and_gives_the_rest_back(rig: Rig) -> None:
-    tasks = short(rig, 20, "one-vm-for-all", planned=5.0, seconds=5)
-    rig.run(14)
+    tasks = short(rig, 20, "one-vm-for-all", planned=6.0, seconds=6)
+    rig.run(12)
     rig.world.nodes["schlouder-r1-1"] = "draining"
     rig.run(300)
     assert rig.states() == [TaskState.COMPLETE] * 20

@@ -29,6 +29,8 @@ def running_job(rig: Rig, seconds: int = 50, limit: float | None = None) -> Slur
 
 def end(rig: Rig, job: SlurmJob, state: str, reason: str = "None") -> None:
     job.state, job.reason, job.ended = state, reason, rig.world.now
+    if state == "COMPLETED":
+        Path(job.exit_file).write_text("0\n")
 
 
 @pytest.mark.parametrize(

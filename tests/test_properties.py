@@ -117,7 +117,10 @@ class WithBelief(History):
 
 
 class WithoutDoubt(History):
+    """And without the other witness, which would deny it."""
+
     slurm_of = ReportsUnknownAsSuccess
+    slurm_is_true = True
 
 
 PLANTED: dict[str, tuple[type[History], tuple[str, ...]]] = {

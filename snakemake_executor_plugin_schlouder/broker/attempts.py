@@ -24,6 +24,8 @@ MAX_LOSSES = 3
 _STUCK_PATIENCE = 10.0
 _ABSENT_JOB = 5.0
 _LATE_SUBMISSION = 15.0
+_SILENT_SCRIPT = 90.0
+"""Seconds; network file systems show a new file within 60 (acdirmax of NFS)."""
 
 
 class Attempts:
@@ -36,21 +38,28 @@ class Attempts:
         revoke: Callable[[str], bool],
         begun: Callable[[str], bool],
         lose: Callable[[VM, str], None],
+        take_out: Callable[[VM, str], None],
         look: Callable[[], bool],
+        has_answered: Callable[[VM, float], bool],
     ) -> None:
-        """`lose` gives up a machine, for a reason; `look` asks EC2, and is False if it does not answer."""
+        """`lose` gives up a machine, for a reason, `take_out` gives it no further tasks; `look` asks EC2, and
+        is False if it does not answer; `has_answered`: Slurm has heard of a VM since a date."""
         self._desk = desk
         self._witness = witness
         self._revoke = revoke
         self._begun = begun
         self._lose = lose
+        self._take_out = take_out
         self._look = look
+        self._has_answered = has_answered
         self.bundles = Bundles(witness, revoke, desk.config.exit_file)
         self.submitted: dict[str, Task] = {}
         self.news = desk.now
         self.claims = threading.RLock()
         self._ended: list[Task] = []
         self._absent = Absences()
+        self._silent = Absences()
+        self._seen_ended: dict[str, float] = {}
         self._stuck: dict[str, float] = {}
 
     def take_ended(self) -> list[Task]:
@@ -110,8 +119,7 @@ class Attempts:
             task.state = TaskState.RUNNING
             self._desk.books.task(task)
         elif status.phase == JobPhase.SUCCEEDED:
-            task.ended = status.ended
-            self._judge(task, self.exit_of(task) or Exit(0))
+            self._judge_succeeded(task, status)
         elif status.phase == JobPhase.FAILED and not task.recalled:
             task.ended = status.ended
             self._judge_failed(task, status)
@@ -123,6 +131,20 @@ class Attempts:
             self.recall([task])
         elif status.phase == JobPhase.WAITING:
             self._update_waiting(task, status)
+
+    def _judge_succeeded(self, task: Task, status: JobStatus) -> None:
+        """Slurm says that the job succeeded. Its script has said so first, be it that a network file system
+        shows that later; a slurmctld that lost its last jobs may take the end of another one for it."""
+        left = Exit(0) if self._desk.config.slurm_is_true else self.exit_of(task)
+        if left is not None:
+            task.ended = status.ended
+            self._judge(task, left)
+        elif self._silent.last(status.key, self._desk.now, _SILENT_SCRIPT):
+            why = f"Slurm job {status.slurm_id} succeeded, but its script left no exit code"
+            if self._desk.gangs.is_gone(self._desk.vm_of(task)):
+                self._rescue(self._desk.vm_of(task), task)
+            else:
+                self._lose(self._desk.vm_of(task), why)
 
     def _is_launch_lost(self, task: Task, status: JobStatus) -> bool:
         """Slurm says that the job runs, but its node never heard of it: slurmctld was restarted between
@@ -202,9 +224,18 @@ class Attempts:
         elif task.recalled and left is not None and left.code == 0:
             self._judge(task, left)
         elif task.recalled and vm.state not in (VMState.TERMINATING, VMState.GONE):
-            self._after_recall(vm, task)
+            if self._is_over(vm, task):
+                self._after_recall(vm, task)
         else:
             self._lose(vm, sentence_of(status.state))
+
+    def _is_over(self, vm: VM, task: Task) -> bool:
+        """Whether nothing of a submission that Slurm calls ended can write any more: on a machine that is cut
+        off its script goes on. So each of its nodes must have answered since."""
+        if task.started is None:
+            return True
+        since = self._seen_ended.setdefault(task.attempt_key, self._desk.now)
+        return all(self._has_answered(member, since) for member in self._desk.gangs.members(vm))
 
     def _after_recall(self, vm: VM, task: Task) -> None:
         """Only what had begun has lost something to a machine that EC2 takes back."""
@@ -287,16 +318,33 @@ class Attempts:
 
     def _judge_failed(self, task: Task, status: JobStatus) -> None:
         """Slurm says that the job failed. A script that left exit code 0 had done its work by then, unless
-        memory ran out: that may have cost it a part of it."""
+        memory ran out: that may have cost it a part of it. A job that was cancelled before its script began
+        is no failure of the task: slurmd could not launch it, as where the VM's disk is full."""
         left = self.exit_of(task)
         out_of_memory = status.state == "OUT_OF_MEMORY"
         if left is not None and (
             status.state == "FAILED" or (left.code == 0 and not out_of_memory)
         ):
             self._judge(task, left)
+        elif (
+            left is None
+            and status.state.startswith("CANCELLED")
+            and not self._revoked_too_late(task)
+        ):
+            vm, why = (
+                self._desk.vm_of(task),
+                f"Slurm cancelled job {status.slurm_id} before it began",
+            )
+            self._take_out(vm, why)
+            self._once_more(vm, task, f"{why}, {_times(task.losses + 1)}")
         else:
             why = failure_of(status.state, status.reason, task.need.memory, task.limit)
             self.finish(task, TaskState.FAILED, why)
+
+    def _revoked_too_late(self, task: Task) -> bool:
+        """Forbids its script to begin; whether it had."""
+        is_told_by_slurm = self._desk.config.slurm_is_true
+        return is_told_by_slurm or self._revoke(self._desk.config.exit_file(task))
 
     def _rescue(self, vm: VM, task: Task) -> None:
         """A task whose machine went away under it runs again, unless its script was done: a failure may be
@@ -315,7 +363,7 @@ class Attempts:
         self.news = self._desk.now
         self._stuck.pop(task.key, None)
         self.submitted.pop(task.attempt_key, None)
-        self._absent.end(task.attempt_key)
+        self._forget(task.attempt_key)
         vm = self._desk.machines.get(task.vm)
         if vm is not None and vm.active.pop(task.key, None) is not None:
             if vm.is_unused:
@@ -326,6 +374,11 @@ class Attempts:
             took = (task.ended or self._desk.now) - task.started
             self._desk.walltimes.learn(task.rule, task.planned, took)
         self.end(task, state, reason)
+
+    def _forget(self, key: str) -> None:
+        self._absent.end(key)
+        self._silent.end(key)
+        self._seen_ended.pop(key, None)
 
     def end(self, task: Task, state: TaskState, reason: str) -> None:
         if task.state not in TASK_ENDED:
@@ -343,7 +396,7 @@ class Attempts:
                 self.finish(task, TaskState.CANCELLED, "it was not asked for again")
                 return
         self.submitted.pop(task.attempt_key, None)
-        self._absent.end(task.attempt_key)
+        self._forget(task.attempt_key)
         vm.active.pop(task.key, None)
         task.slurm_id = task.started = task.ended = None
         if vm.is_open:

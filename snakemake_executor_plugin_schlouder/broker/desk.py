@@ -44,7 +44,8 @@ class BrokerConfig:
     as soon as Slurm would, so that Slurm need not be asked every round. `launch_timeout`: seconds that a
     job may run, for Slurm, before its script begins. `shares_files`: whether the VMs see `workdir`; if not,
     exit-code files are only names, and Slurm's output stays on the VM. `lease`: seconds that a VM stays
-    without a word from us. `keep`: how long idle VMs stay for the next run."""
+    without a word from us. `keep`: how long idle VMs stay for the next run. `slurm_is_true`: scripts leave
+    nothing, Slurm's word is enough, as in a simulation."""
 
     run: str
     workdir: Path
@@ -67,6 +68,7 @@ class BrokerConfig:
     shares_files: bool = True
     lease: float = lease.DEFAULT
     keep: Keep = field(default_factory=Keep)
+    slurm_is_true: bool = False
 
     @property
     def job_name(self) -> str:

@@ -78,7 +78,8 @@ class Ending:
         known are ended even while EC2 lists none."""
         desk = self._desk
         ids = {vm.instance_id for vm in vms if vm.instance_id is not None}
-        kept = {vm.instance_id for vm in desk.machines} - {vm.instance_id for vm in vms}
+        others = (vm for vm in desk.machines if vm.state != VMState.GONE)
+        kept = {vm.instance_id for vm in others} - {vm.instance_id for vm in vms}
         for vm in vms:
             if vm.state != VMState.GONE:
                 desk.move(vm, VMState.TERMINATING)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from .. import lease
 from ..model import BOOTING, FREE_WHEN_TAKEN, VM, VM_ENDED, Task, TaskState, VMState
 from ..provision import CloudUnavailable, Instance
-from ..slurm import ClusterView, NodeStatus
+from ..slurm import ClusterUnavailable, ClusterView, NodeStatus
 from .desk import CONSISTENCY_WINDOW, Absences, Desk
 from .lifecycle import Action, Machine, Node, Sight, decide
 from .sights import (
@@ -33,6 +33,8 @@ _TERMINATE_PATIENCE = 60.0
 _GUEST_PATIENCE = 30.0
 _CONSOLE_LINES = 15
 _RECLAIM_PATIENCE = 180.0
+_HEARD = 60.0
+"""Seconds for which it counts that a node has answered slurmctld."""
 
 
 class Keeper:
@@ -50,7 +52,10 @@ class Keeper:
         self._absent_nodes = Absences()
         self._absent_vms = Absences()
         self._described = -math.inf
+        self._slurm_told = -math.inf
+        self._heard: dict[str, float] = {}
         self._renewed = -math.inf
+        self._just_joined: list[str] = []
 
     # -- what EC2 says
 
@@ -86,14 +91,20 @@ class Keeper:
 
     def _end_strays(self, listed: Iterable[Instance]) -> None:
         """Machines of this run whose launch was never answered become their VM's, if that still waits for
-        one, or are ended."""
+        one, or are ended; so are those of which EC2 knew nothing until their record was closed."""
         ending = []
         for instance in listed:
             vm = self._desk.machines.get(instance.node)
-            if vm is None or vm.instance_id == instance.id:
+            if vm is None:
                 continue
             is_known = vm.instance_id is not None
-            action = decide(Sight(vm.state, stray_sight(instance), is_known=is_known))
+            if vm.instance_id != instance.id:
+                sight = Sight(vm.state, stray_sight(instance), is_known=is_known)
+            elif vm.state == VMState.GONE:
+                sight = Sight(vm.state, machine_sight(instance))
+            else:
+                continue
+            action = decide(sight)
             if action == Action.TAKE:
                 self._take(vm, instance)
             elif action == Action.BOOK:
@@ -144,7 +155,7 @@ class Keeper:
     def _reconcile(self, vm: VM, machine: Machine, why: str) -> None:
         """Does what follows from a machine that is not what it was; a lost one may be gone at once."""
         actions: Mapping[Action, Callable[[], None]] = {
-            Action.LOSE: lambda: self.lose(vm, why),
+            Action.LOSE: lambda: self.lose(vm, why, is_dead=True),
             Action.FAIL_BOOT: lambda: self._fail_boot(vm, why),
             Action.CLOSE: lambda: self.close(vm),
         }
@@ -153,16 +164,27 @@ class Keeper:
             act()
 
     def _is_lost_from_sight(self, vm: VM) -> bool:
-        """Describe lags behind launches; absence counts only when it lasts (R8, R10)."""
-        return self._absent_vms.last(vm.name, self._desk.now, CONSISTENCY_WINDOW)
+        """Describe lags behind launches; absence counts only when it lasts (R8, R10), and Slurm does not hear
+        of the machine either."""
+        lasts = self._absent_vms.last(vm.name, self._desk.now, CONSISTENCY_WINDOW)
+        last = self._desk.now - _HEARD
+        return lasts and self._slurm_told > last and not self.has_answered(vm, last)
+
+    def has_answered(self, vm: VM, since: float) -> bool:
+        """Whether slurmctld has heard of the VM's node since then."""
+        return self._heard.get(vm.name, -math.inf) >= since
 
     # -- what Slurm says
 
     def update(self, view: ClusterView, is_news_of_nodes: bool) -> None:
         """VMs that boot or work. `is_news_of_nodes`: the view has all nodes there are."""
         machines = self._desk.machines
+        if is_news_of_nodes:
+            self._slurm_told = self._desk.now
         for name, node in view.nodes.items():
             vm = machines.get(name)
+            if node.responding and node.state != "down":
+                self._heard[name] = self._desk.now
             if vm is not None and vm.state == VMState.READY:
                 self._absent_nodes.end(name)
                 self._update_ready(vm, node_sight(node), node)
@@ -210,6 +232,7 @@ class Keeper:
         if vm.boot_time is not None:
             desk.boots.learn(vm.boot_time, vm.beside)
         desk.launcher.has_booted()
+        self._just_joined.append(vm.name)
         desk.note(vm, f"ready after {desk.now - vm.requested:.0f} s")
 
     def _update_ready(self, vm: VM, seen: Node, node: NodeStatus | None) -> None:
@@ -217,16 +240,19 @@ class Keeper:
         end = reclaimed_by(reason)
         match decide(Sight(vm.state, node=seen, is_taken_back=end is not None)):
             case Action.LOSE if seen == Node.ABSENT:
-                self.lose(vm, "Slurm no longer has the node")
+                self.lose(vm, "Slurm no longer has the node", is_dead=True)
             case Action.LOSE:
-                self.lose(vm, f"Slurm lost the node: {reason}")
+                self.lose(vm, f"Slurm lost the node: {reason}", is_dead=True)
             case Action.RECALL if end is not None:
                 self._taken_back(vm, end)
             case Action.TAKE_OUT:
-                self._take_out(vm, f"was drained by somebody else: {reason}")
+                self.take_out(vm, f"was drained by somebody else: {reason}")
 
-    def _take_out(self, vm: VM, why: str) -> None:
-        """`vm` gets no further tasks, and those that have not begun there are given back; what runs ends."""
+    def take_out(self, vm: VM, why: str) -> None:
+        """A VM in use gets no further tasks, and those that have not begun there are given back; what runs
+        ends."""
+        if vm.state != VMState.READY:
+            return
         self._desk.requeue_planned(vm)
         self._desk.move(vm, VMState.DRAINING)
         self._desk.note(vm, why)
@@ -239,7 +265,7 @@ class Keeper:
         self._desk.log.info(
             f"{self._desk.name(vm)}: {vm.reason} at {time.strftime('%X', time.localtime(end))}."
         )
-        self._take_out(vm, vm.reason)
+        self.take_out(vm, vm.reason)
         running = self._desk.gangs.leader(vm).active.values()
         self._recall([t for t in running if t.started and t.started + t.walltime > end])
 
@@ -253,7 +279,7 @@ class Keeper:
                 self._desk.requeue_planned(vm)
                 self.end([vm])
             else:
-                self._take_out(vm, f"leaves with {other.name}")
+                self.take_out(vm, f"leaves with {other.name}")
 
     # -- idle VMs, and the word that the others wait for
 
@@ -305,14 +331,16 @@ class Keeper:
         return config.keep.left(config.billing, vm.uptime(desk.now), idle_for)
 
     def renew_leases(self) -> None:
-        """Of every VM that has joined; one that just has need not wait, for its first lease is longer."""
+        """Of every VM that has joined, and at once of those that just have: their first lease is long."""
         desk = self._desk
-        if desk.now - self._renewed < desk.config.lease / lease.RENEWALS:
-            return
-        names = [vm.name for vm in desk.machines.having(VMState.READY, VMState.DRAINING)]
+        is_due = desk.now - self._renewed >= desk.config.lease / lease.RENEWALS
+        up = desk.machines.having(VMState.READY, VMState.DRAINING)
+        names = [vm.name for vm in up] if is_due else self._just_joined
         given = lease.Lease(desk.config.run, round(desk.config.lease), round(desk.now))
         if names and desk.try_cluster(lambda: desk.cluster.renew(names, given)):
-            self._renewed = desk.now
+            self._just_joined = []
+            if is_due:
+                self._renewed = desk.now
 
     @property
     def leases_end(self) -> float:
@@ -333,7 +361,7 @@ class Keeper:
                 case Action.END:
                     ending.append(vm)
                 case Action.LOSE if node is not None:
-                    self.lose(vm, f"Slurm lost the node: {node.reason}")
+                    self.lose(vm, f"Slurm lost the node: {node.reason}", is_dead=True)
                 case Action.DRAIN_AGAIN:
                     self._drain_again(vm.name)
                 case Action.MIND_GUEST:
@@ -381,12 +409,19 @@ class Keeper:
         if since is not None and self._desk.now - since > _GUEST_PATIENCE:
             self._desk.tell(f"{self._desk.name(vm)} is kept: a job of somebody else runs there")
 
-    def lose(self, vm: VM, reason: str) -> None:
+    def lose(self, vm: VM, reason: str, is_dead: bool = False) -> None:
         """The machine is no good. It may still write, so it is ended first; its tasks wait for that
-        (`close`). What was only planned for it is planned anew at once."""
+        (`close`). What was only planned for it is planned anew at once. One on which a job of somebody else
+        may run is emptied instead, and ended when that has: to be called again until then. `is_dead`: EC2 or
+        Slurm say that nothing runs there."""
         if vm.state in (VMState.TERMINATING, VMState.GONE):
             return
         desk = self._desk
+        is_up = vm.state in (VMState.READY, VMState.DRAINING)
+        if is_up and not is_dead and self._may_have_guest(vm):
+            self.take_out(vm, reason)
+            self._recall(list(vm.active.values()))
+            return
         vm.reason = reason
         desk.log.warning(f"{desk.name(vm)} is given up: {reason}")
         desk.move(vm, VMState.TERMINATING)
@@ -395,6 +430,21 @@ class Keeper:
         self._recall(list(vm.active.values()))
         desk.try_cluster(lambda: desk.cluster.fail(vm.name, "schlouder: machine lost"))
         self.end([vm])
+
+    def _may_have_guest(self, vm: VM) -> bool:
+        """Whether a job of somebody else runs there, for all that is known."""
+        desk = self._desk
+        try:
+            guests = desk.cluster.foreign_jobs(desk.config.job_name).get(vm.name)
+        except ClusterUnavailable as error:
+            desk.tell(f"Slurm does not answer: {error}")
+            return True
+        if guests:
+            desk.tell(
+                f"{desk.name(vm)} is no good any more, but kept until Slurm job {', '.join(guests)} of "
+                "somebody else has ended there"
+            )
+        return bool(guests)
 
     def _fail_boot(self, vm: VM, reason: str) -> None:
         desk = self._desk

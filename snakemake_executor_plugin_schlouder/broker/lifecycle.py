@@ -174,10 +174,11 @@ _WITHOUT_JOB = (Node.ABSENT, Node.DRAINED, Node.DOWN)
 _OUT = (Node.DRAINING, Node.DRAINED)
 
 TABLE: tuple[Rule, ...] = (
-    # A machine whose launch was never answered.
+    # A machine whose launch was never answered, or of which EC2 had lost sight.
     Rule(_UNSTARTED, Action.TAKE, machine=_STRAYS),
     Rule(tuple(VMState), Action.BOOK, machine=_STRAYS, when=(without_machine,)),
     Rule(tuple(VMState), Action.END_STRAY, machine=(Machine.STRAY,)),
+    Rule((VMState.GONE,), Action.BOOK, machine=(Machine.ALIVE,)),
     # The launch.
     Rule((VMState.PLANNED,), Action.CLOSE, when=(unwanted, surely_not_started)),
     Rule(_UNSTARTED, Action.ASK),

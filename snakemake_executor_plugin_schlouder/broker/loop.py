@@ -63,7 +63,9 @@ class Broker:
         self._attempts = Attempts(
             *(desk, witness, revoke, begun),
             lose=lambda vm, why: self._keeper.lose(vm, why),
+            take_out=lambda vm, why: self._keeper.take_out(vm, why),
             look=lambda: self._keeper.describe(),
+            has_answered=lambda vm, since: self._keeper.has_answered(vm, since),
         )
         self._keeper = Keeper(
             desk,
