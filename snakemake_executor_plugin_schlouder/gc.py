@@ -37,7 +37,7 @@ from .provision import (
     this_owner,
 )
 from .slurm import ClusterUnavailable
-from .slurm.cli import SlurmCommands
+from .slurm.cli import NodeJob, SlurmCommands
 from .store import state_directory
 
 if TYPE_CHECKING:
@@ -120,11 +120,11 @@ class Journals:
 
 @dataclass(frozen=True)
 class Nodes:
-    """`leases`: of all nodes. `jobs`: id and name of those that have begun, by node. `silence`: why Slurm
-    said nothing; empty: it did."""
+    """`leases`: of all nodes. `jobs`: those that have begun, by node. `silence`: why Slurm said nothing;
+    empty: it did."""
 
     leases: Mapping[str, Lease | None] = field(default_factory=dict)
-    jobs: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    jobs: Mapping[str, Sequence[NodeJob]] = field(default_factory=dict)
     silence: str = ""
 
 
@@ -232,9 +232,15 @@ def _by_death(record: RunRecord, lease: Lease | None, now: float) -> Verdict:
 
 
 def _foreign_jobs(machine: Machine, lease: Lease | None, nodes: Nodes) -> str:
-    ours = {_job_name(machine.run), _job_name(lease.run if lease else "")}
     there = nodes.jobs.get(machine.instance.node, ())
-    return ", ".join(f"job {slurm_id}" for slurm_id, name in there if name not in ours)
+    foreign = _not_of({machine.run, lease.run if lease else ""}, there)
+    return ", ".join(f"job {slurm_id}" for slurm_id in foreign)
+
+
+def _not_of(runs: Collection[str], jobs: Iterable[NodeJob]) -> list[str]:
+    """Anybody may give a job the name of a run."""
+    names = {_job_name(run) for run in runs}
+    return [job.slurm_id for job in jobs if not job.is_mine or job.name not in names]
 
 
 def _job_name(run: str) -> str:
@@ -613,8 +619,7 @@ class Collector:
                 # Slurm hands a deleted node's place, with the jobs that wait for it, to the next node.
                 self.slurm.cancel_run(_job_name(run))
             for node, run in nodes.items():
-                foreign = [job for job, name in there.get(node, []) if name != _job_name(run)]
-                if foreign:
+                if foreign := _not_of({run}, there.get(node, [])):
                     kept.append(
                         f"the Slurm node {node} is left: jobs {', '.join(foreign)} of others"
                     )

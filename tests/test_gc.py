@@ -56,7 +56,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     this_owner,
 )
 from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable
-from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+from snakemake_executor_plugin_schlouder.slurm.cli import NodeJob, SlurmCommands
 
 NOW = 1_000_000.0
 OLD = NOW - 100_000
@@ -69,6 +69,7 @@ ENDED = LocalRun(replace(RECORD, ended=NOW - 500), is_living=False, is_gone=True
 ELSEWHERE = LocalRun(replace(RECORD, host="other"), is_living=False, is_gone=False)
 FRESH, OVER = Lease("r1", 600, int(NOW) - 10), Lease("r1", 600, int(NOW - 600 - GRACE - CLOCKS))
 KEPT = Lease("r1", 3600, int(NOW) - 10, kept=True)
+FORGED = NodeJob("5", "schlouder-r1", is_mine=False)
 SILENT = Nodes(silence="no answer")
 BOOTING = gc.BOOT_TIMEOUT + 600 + GRACE
 
@@ -78,7 +79,7 @@ def machine(launched: float = OLD, run: str = "r1", owner: str = ME, node: str =
     return Machine(one, owner, REGION)
 
 
-def nodes(lease: Lease | None = None, **jobs: Sequence[tuple[str, str]]) -> Nodes:
+def nodes(lease: Lease | None = None, **jobs: Sequence[NodeJob]) -> Nodes:
     return Nodes({NODE: lease}, {NODE: jobs["on"]} if jobs else {})
 
 
@@ -95,7 +96,7 @@ def journals(run: LocalRun | None = None, **more: Any) -> Journals:
         (OLD, journals(LIVES), nodes(KEPT), Status.LIVING),
         (OLD, journals(LIVES), Nodes(), Status.LIVING),
         (OLD, journals(LIVES), SILENT, Status.LIVING),
-        (OLD, journals(LIVES), nodes(OVER, on=[("5", "x")]), Status.LIVING),
+        (OLD, journals(LIVES), nodes(OVER, on=[NodeJob("5", "x")]), Status.LIVING),
         # One whose process is gone.
         (NOW - GRACE + 1, journals(KILLED), Nodes(), Status.YOUNG),
         (NOW - GRACE, journals(KILLED), Nodes(), Status.ORPHAN),
@@ -135,9 +136,10 @@ def journals(run: LocalRun | None = None, **more: Any) -> Journals:
         (OLD, journals(unread=("newer",)), Nodes(), Status.UNKNOWN),
         (OLD, journals(KILLED, unread=("newer",)), nodes(OVER), Status.ORPHAN),
         # Jobs on it.
-        (OLD, journals(KILLED), nodes(OVER, on=[("5", "somebody")]), Status.IN_USE),
-        (OLD, journals(), nodes(None, on=[("5", "somebody")]), Status.IN_USE),
-        (OLD, journals(KILLED), nodes(OVER, on=[("5", "schlouder-r1")]), Status.ORPHAN),
+        (OLD, journals(KILLED), nodes(OVER, on=[NodeJob("5", "somebody")]), Status.IN_USE),
+        (OLD, journals(), nodes(None, on=[NodeJob("5", "somebody")]), Status.IN_USE),
+        (OLD, journals(KILLED), nodes(OVER, on=[NodeJob("5", "schlouder-r1")]), Status.ORPHAN),
+        (OLD, journals(KILLED), nodes(OVER, on=[FORGED]), Status.IN_USE),
     ],
 )
 def test_who_owns_a_machine(launched: float, local: Journals, told: Nodes, status: Status) -> None:
@@ -161,7 +163,9 @@ def test_a_journal_that_cannot_be_read_says_nothing_of_the_machines_of_others() 
 
 
 def test_jobs_of_an_orphan_and_its_workflow_are_told() -> None:
-    why = judge(machine(), journals(KILLED), nodes(OVER, on=[("5", "schlouder-r1")]), ME, NOW).why
+    why = judge(
+        machine(), journals(KILLED), nodes(OVER, on=[NodeJob("5", "schlouder-r1")]), ME, NOW
+    ).why
     assert why == (
         "process 7 is gone; its workflow, started again in /work, would take it over; "
         "jobs of its own that run there: 1"
@@ -244,7 +248,7 @@ class Words(SlurmCommands):
     def __init__(self) -> None:
         super().__init__("")
         self.leases_: dict[str, Lease | None] = {}
-        self.jobs: dict[str, list[tuple[str, str]]] = {}
+        self.jobs: dict[str, list[NodeJob]] = {}
         self.away = False
         self.done: list[tuple[str, str]] = []
 
@@ -253,7 +257,7 @@ class Words(SlurmCommands):
             raise ClusterUnavailable("slurmctld is away")
         return dict(self.leases_)
 
-    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[NodeJob]]:
         assert self.leases_.keys() >= set(nodes), "squeue refuses the whole question"
         return {node: self.jobs[node] for node in nodes if node in self.jobs}
 
@@ -523,13 +527,14 @@ def test_nodes_of_machines_that_are_gone_go(account: Account) -> None:
 
 
 @pytest.mark.usefixtures("unpriced")
+@pytest.mark.parametrize("job", [NodeJob("17", "somebody"), FORGED._replace(slurm_id="17")])
 def test_a_job_of_others_keeps_a_machine_and_a_node(
-    account: Account, capsys: pytest.CaptureFixture[str]
+    account: Account, capsys: pytest.CaptureFixture[str], job: NodeJob
 ) -> None:
     account.run("r1", GONE)
     instance = account.vm("r1")
     account.slurm.leases_["schlouder-r1-1"] = None
-    account.slurm.jobs["schlouder-r1-1"] = [("17", "somebody")]
+    account.slurm.jobs["schlouder-r1-1"] = [job]
     assert cli.main(["gc", "--yes", "--run", "r1"]) == 0
     assert account.alive() == {instance}
     assert "in use" in capsys.readouterr().out

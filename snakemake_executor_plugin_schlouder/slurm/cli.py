@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from ..lease import Lease, parse
 from ..printable import one_line, plain
@@ -72,6 +73,14 @@ _WITHHELD = (
     *("AWS_CONTAINER_", "AWS_WEB_IDENTITY_"),
 )
 _NODE_FLAGS = "*~#!%$@^-+"
+
+
+class NodeJob(NamedTuple):
+    """A job that has begun on a node. `is_mine`: it is one of this user."""
+
+    slurm_id: str
+    name: str
+    is_mine: bool = True
 
 
 def sbatch_arguments(job: JobRequest) -> list[str]:
@@ -406,9 +415,8 @@ class SlurmCommands:
         """Every node of the cluster that Slurm shows, with its lease."""
         return parse_leases(self._read(["scontrol", "--oneliner", "show", "node"]))
 
-    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-        """Id and name of every job that has begun on these nodes, in whatever partition; an unknown node is
-        an error."""
+    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[NodeJob]]:
+        """Every job that has begun on these nodes, in whatever partition; an unknown node is an error."""
         if not nodes:
             return {}
         listed = self._read(
@@ -417,15 +425,17 @@ class SlurmCommands:
                 f"--nodelist={','.join(nodes)}",
                 "--states=RUNNING,COMPLETING,SUSPENDED",
                 "--noheader",
-                "--format=%i|%N|%j",
+                "--format=%i|%U|%N|%j",
             ]
         )
-        found: dict[str, list[tuple[str, str]]] = {}
-        for line in listed.removesuffix("\n").split("\n") if listed else ():
-            slurm_id, _, rest = line.partition("|")
-            of_job, _, name = rest.partition("|")
-            for node in self._expand(of_job):
-                found.setdefault(node, []).append((slurm_id, name))
+        found: dict[str, list[NodeJob]] = {}
+        for line in listed.split("\n"):
+            # The name comes last, for it may hold anything.
+            fields = line.split("|", 3)
+            if len(fields) == 4:
+                job = NodeJob(fields[0], fields[3], fields[1] == str(os.getuid()))
+                for node in self._expand(fields[2]):
+                    found.setdefault(node, []).append(job)
         return found
 
     def delete(self, node: str) -> bool:
