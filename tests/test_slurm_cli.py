@@ -366,6 +366,12 @@ def test_jobs_on_nodes_are_told_with_whose_they_are(path: Path) -> None:
     }
 
 
+def test_the_names_of_jobs_of_others_are_told(path: Path) -> None:
+    mine = os.getuid()
+    commands(path, squeue=f"printf '{mine}|ours\\n{mine + 1}|run\\n{mine + 1}|a|b\\n'")
+    assert SlurmCommands("schlouder").foreign_names() == {"run", "a|b"}
+
+
 def test_output_that_is_no_text_is_no_crash(path: Path) -> None:
     commands(path, sinfo="printf 'n1|idle|caf\\351\\n'")
     assert SlurmCommands("schlouder").view("run").nodes["n1"].accepts_jobs

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,14 @@ class NodeJob(NamedTuple):
     is_mine: bool = True
 
 
+@dataclass(frozen=True)
+class NodeRecord:
+    """`is_lost`: Slurm calls the node down, and it does not respond."""
+
+    lease: Lease | None = None
+    is_lost: bool = False
+
+
 def sbatch_arguments(job: JobRequest) -> list[str]:
     """The command that submits `job`; the script goes to its standard input."""
     arguments = [
@@ -148,15 +157,23 @@ def parse_nodes(text: str) -> dict[str, NodeStatus]:
     return nodes
 
 
-def parse_leases(text: str) -> dict[str, Lease | None]:
+def parse_records(text: str) -> dict[str, NodeRecord]:
     """`scontrol --oneliner show node`: all nodes, with the leases in their comments."""
     found = {}
     for line in text.split("\n"):
         name = re.match(r"NodeName=(\S+)", line)
+        state = re.search(r" State=(\S+)", line)
         comment = re.search(r" Comment=(.*)", line)
         if name is not None:
-            found[name[1]] = parse(comment[1]) if comment else None
+            is_lost = state is not None and _is_lost(state[1])
+            found[name[1]] = NodeRecord(parse(comment[1]) if comment else None, is_lost)
     return found
+
+
+def _is_lost(state: str) -> bool:
+    """Of a state such as `DOWN+DYNAMIC_NORM+NOT_RESPONDING`."""
+    base, *flags = state.split("+")
+    return base == "DOWN" and "NOT_RESPONDING" in flags
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -409,11 +426,11 @@ class SlurmCommands:
 
     def leases(self) -> dict[str, Lease]:
         """Those in the comments of nodes, by name; nodes without one are left out."""
-        return {node: lease for node, lease in self.all_nodes().items() if lease is not None}
+        return {node: record.lease for node, record in self.all_nodes().items() if record.lease}
 
-    def all_nodes(self) -> dict[str, Lease | None]:
-        """Every node of the cluster that Slurm shows, with its lease."""
-        return parse_leases(self._read(["scontrol", "--oneliner", "show", "node"]))
+    def all_nodes(self) -> dict[str, NodeRecord]:
+        """Every node of the cluster that Slurm shows."""
+        return parse_records(self._read(["scontrol", "--oneliner", "show", "node"]))
 
     def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[NodeJob]]:
         """Every job that has begun on these nodes, in whatever partition; an unknown node is an error."""
@@ -437,6 +454,12 @@ class SlurmCommands:
                 for node in self._expand(fields[2]):
                     found.setdefault(node, []).append(job)
         return found
+
+    def foreign_names(self) -> set[str]:
+        """Names of the jobs of other users that wait or run."""
+        listed = self._read(["squeue", "--noheader", "--format=%U|%j"])
+        jobs = (line.partition("|") for line in listed.split("\n"))
+        return {name for user, _, name in jobs if name and user != str(os.getuid())}
 
     def delete(self, node: str) -> bool:
         done = self._run(["scontrol", "delete", f"nodename={node}"])
