@@ -37,7 +37,7 @@ from .provision import (
     this_owner,
 )
 from .slurm import ClusterUnavailable
-from .slurm.cli import SlurmCommands
+from .slurm.cli import NodeJob, SlurmCommands
 from .store import state_directory
 
 if TYPE_CHECKING:
@@ -120,11 +120,14 @@ class Journals:
 
 @dataclass(frozen=True)
 class Nodes:
-    """`leases`: of all nodes. `jobs`: id and name of those that have begun, by node. `silence`: why Slurm
+    """`leases`: of all nodes. `lost`: those that Slurm calls down, and that do not respond. `jobs`: those
+    that have begun, by node; `foreign`: names of those of other users, begun or not. `silence`: why Slurm
     said nothing; empty: it did."""
 
     leases: Mapping[str, Lease | None] = field(default_factory=dict)
-    jobs: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    jobs: Mapping[str, Sequence[NodeJob]] = field(default_factory=dict)
+    lost: Collection[str] = ()
+    foreign: Collection[str] = ()
     silence: str = ""
 
 
@@ -232,9 +235,15 @@ def _by_death(record: RunRecord, lease: Lease | None, now: float) -> Verdict:
 
 
 def _foreign_jobs(machine: Machine, lease: Lease | None, nodes: Nodes) -> str:
-    ours = {_job_name(machine.run), _job_name(lease.run if lease else "")}
     there = nodes.jobs.get(machine.instance.node, ())
-    return ", ".join(f"job {slurm_id}" for slurm_id, name in there if name not in ours)
+    foreign = _not_of({machine.run, lease.run if lease else ""}, there)
+    return ", ".join(f"job {slurm_id}" for slurm_id in foreign)
+
+
+def _not_of(runs: Collection[str], jobs: Iterable[NodeJob]) -> list[str]:
+    """Anybody may give a job the name of a run."""
+    names = {_job_name(run) for run in runs}
+    return [job.slurm_id for job in jobs if not job.is_mine or job.name not in names]
 
 
 def _job_name(run: str) -> str:
@@ -249,26 +258,69 @@ def stale_nodes(
     runs: Collection[str],
     now: float,
 ) -> dict[str, str]:
-    """Node -> its run, of all that Slurm still has of machines that are gone: nodes with our names, of runs
-    that have no machine alive and are gone, by the journals or because they are among `runs`, whose machines
-    were ended. `places`: region and endpoint of where all machines are known."""
-    with_machines = {machine.run for machine in alive} | {m.instance.node for m in alive}
+    """Node -> the run that had it last, of all that Slurm still has of machines that are gone: nodes with our
+    names that no machine alive has, of runs that are gone. The journals say so, or the runs are among `runs`,
+    whose machines were ended, or the lease is over and Slurm has lost the node. `places`: region and endpoint
+    of where all machines are known."""
+    alive = list(alive)
+    named = {machine.instance.node for machine in alive}
+    with_machines = {machine.run for machine in alive}
+    living = _living_runs(alive, journals, nodes, now)
     found = {}
     for node, lease in nodes.leases.items():
-        named = re.fullmatch(r"schlouder-(\S+)-\d+", node)
-        run = named[1] if named else ""
-        known = journals.runs.get(run)
-        if not run or run in with_machines or node in with_machines:
+        run = _run_of(node)
+        if not run or node in named:
             continue
-        if run in runs:
-            is_stale = known is None or not known.is_living
-        else:
-            is_quiet = lease is None or (lease.run == run and now >= _due(lease))
-            is_gone = known is not None and known.is_gone and _place(known.record) in places
-            is_stale = is_quiet and is_gone
-        if is_stale:
+        if run not in with_machines and _is_told_gone(run, lease, journals, places, runs, now):
             found[node] = run
+        elif (
+            lease
+            and not living & {run, lease.run}
+            and _is_useless(node, run, lease, journals, nodes)
+        ):
+            found[node] = lease.run
     return found
+
+
+def _run_of(node: str) -> str:
+    """The run that gave a node its name; empty: none did."""
+    named = re.fullmatch(r"schlouder-(\S+)-\d+", node)
+    return named[1] if named else ""
+
+
+def _is_told_gone(
+    run: str,
+    lease: Lease | None,
+    journals: Journals,
+    places: Collection[tuple[str, str]],
+    runs: Collection[str],
+    now: float,
+) -> bool:
+    known = journals.runs.get(run)
+    if run in runs:
+        return known is None or not known.is_living
+    is_quiet = lease is None or (lease.run == run and now >= _due(lease))
+    return is_quiet and known is not None and known.is_gone and _place(known.record) in places
+
+
+def _is_useless(node: str, run: str, lease: Lease, journals: Journals, nodes: Nodes) -> bool:
+    """Whether a node of which no living run tells is of no use. Its place, with the jobs that wait for it,
+    goes to the next node: those of other users nobody here may cancel."""
+    names = {_job_name(run), _job_name(lease.run)}
+    has_jobs = bool(nodes.jobs.get(node)) or not names.isdisjoint(nodes.foreign)
+    return node in nodes.lost and not has_jobs and not journals.unread
+
+
+def _living_runs(
+    alive: Iterable[Machine], journals: Journals, nodes: Nodes, now: float
+) -> set[str]:
+    """Those that may have an owner: their process is there, or they have a machine, or a lease that is not
+    over, whatever clock it was written by."""
+    leases = nodes.leases
+    owners = {lease.run if (lease := leases.get(m.instance.node)) else m.run for m in alive}
+    slack = GRACE + CLOCKS
+    promised = {lease.run for lease in leases.values() if lease and now < lease.until + slack}
+    return owners | promised | {run for run, known in journals.runs.items() if known.is_living}
 
 
 def _due(lease: Lease) -> float:
@@ -349,10 +401,15 @@ def read_journals(host: str, runs: Collection[str]) -> Journals:
 
 
 def read_nodes(slurm: SlurmCommands, names: Collection[str]) -> Nodes:
-    """`names`: of the nodes whose jobs matter."""
+    """`names`: of the nodes whose jobs matter, beside those that Slurm has lost."""
     try:
-        leases = slurm.all_nodes()
-        return Nodes(leases, slurm.jobs_on([name for name in sorted(names) if name in leases]))
+        records = slurm.all_nodes()
+        lost = {
+            name for name, one in records.items() if one.is_lost and one.lease and _run_of(name)
+        }
+        jobs = slurm.jobs_on([name for name in sorted(lost.union(names)) if name in records])
+        leases = {name: one.lease for name, one in records.items()}
+        return Nodes(leases, jobs, lost, slurm.foreign_names() if lost else ())
     except (ClusterUnavailable, OSError) as error:
         return Nodes(silence=str(error))
 
@@ -566,7 +623,11 @@ class Collector:
         places = {(name, client.meta.endpoint_url) for name, client in self.clients.items()}
         stale = stale_nodes(alive, journals, nodes, places, ended, now)
         named = self.scope.named
-        return {node: run for node, run in stale.items() if not named or run in named}
+        return {
+            node: run
+            for node, run in stale.items()
+            if not named or run in named or _run_of(node) in named
+        }
 
     def _elsewhere(self, journals: Journals) -> list[str]:
         """Regions that no one looked at, in which runs of this user have not ended."""
@@ -613,8 +674,7 @@ class Collector:
                 # Slurm hands a deleted node's place, with the jobs that wait for it, to the next node.
                 self.slurm.cancel_run(_job_name(run))
             for node, run in nodes.items():
-                foreign = [job for job, name in there.get(node, []) if name != _job_name(run)]
-                if foreign:
+                if foreign := _not_of({run}, there.get(node, [])):
                     kept.append(
                         f"the Slurm node {node} is left: jobs {', '.join(foreign)} of others"
                     )

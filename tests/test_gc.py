@@ -56,7 +56,7 @@ from snakemake_executor_plugin_schlouder.provision import (
     this_owner,
 )
 from snakemake_executor_plugin_schlouder.slurm import ClusterUnavailable
-from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+from snakemake_executor_plugin_schlouder.slurm.cli import NodeJob, NodeRecord, SlurmCommands
 
 NOW = 1_000_000.0
 OLD = NOW - 100_000
@@ -69,6 +69,7 @@ ENDED = LocalRun(replace(RECORD, ended=NOW - 500), is_living=False, is_gone=True
 ELSEWHERE = LocalRun(replace(RECORD, host="other"), is_living=False, is_gone=False)
 FRESH, OVER = Lease("r1", 600, int(NOW) - 10), Lease("r1", 600, int(NOW - 600 - GRACE - CLOCKS))
 KEPT = Lease("r1", 3600, int(NOW) - 10, kept=True)
+FORGED = NodeJob("5", "schlouder-r1", is_mine=False)
 SILENT = Nodes(silence="no answer")
 BOOTING = gc.BOOT_TIMEOUT + 600 + GRACE
 
@@ -78,7 +79,7 @@ def machine(launched: float = OLD, run: str = "r1", owner: str = ME, node: str =
     return Machine(one, owner, REGION)
 
 
-def nodes(lease: Lease | None = None, **jobs: Sequence[tuple[str, str]]) -> Nodes:
+def nodes(lease: Lease | None = None, **jobs: Sequence[NodeJob]) -> Nodes:
     return Nodes({NODE: lease}, {NODE: jobs["on"]} if jobs else {})
 
 
@@ -95,7 +96,7 @@ def journals(run: LocalRun | None = None, **more: Any) -> Journals:
         (OLD, journals(LIVES), nodes(KEPT), Status.LIVING),
         (OLD, journals(LIVES), Nodes(), Status.LIVING),
         (OLD, journals(LIVES), SILENT, Status.LIVING),
-        (OLD, journals(LIVES), nodes(OVER, on=[("5", "x")]), Status.LIVING),
+        (OLD, journals(LIVES), nodes(OVER, on=[NodeJob("5", "x")]), Status.LIVING),
         # One whose process is gone.
         (NOW - GRACE + 1, journals(KILLED), Nodes(), Status.YOUNG),
         (NOW - GRACE, journals(KILLED), Nodes(), Status.ORPHAN),
@@ -135,9 +136,10 @@ def journals(run: LocalRun | None = None, **more: Any) -> Journals:
         (OLD, journals(unread=("newer",)), Nodes(), Status.UNKNOWN),
         (OLD, journals(KILLED, unread=("newer",)), nodes(OVER), Status.ORPHAN),
         # Jobs on it.
-        (OLD, journals(KILLED), nodes(OVER, on=[("5", "somebody")]), Status.IN_USE),
-        (OLD, journals(), nodes(None, on=[("5", "somebody")]), Status.IN_USE),
-        (OLD, journals(KILLED), nodes(OVER, on=[("5", "schlouder-r1")]), Status.ORPHAN),
+        (OLD, journals(KILLED), nodes(OVER, on=[NodeJob("5", "somebody")]), Status.IN_USE),
+        (OLD, journals(), nodes(None, on=[NodeJob("5", "somebody")]), Status.IN_USE),
+        (OLD, journals(KILLED), nodes(OVER, on=[NodeJob("5", "schlouder-r1")]), Status.ORPHAN),
+        (OLD, journals(KILLED), nodes(OVER, on=[FORGED]), Status.IN_USE),
     ],
 )
 def test_who_owns_a_machine(launched: float, local: Journals, told: Nodes, status: Status) -> None:
@@ -161,7 +163,9 @@ def test_a_journal_that_cannot_be_read_says_nothing_of_the_machines_of_others() 
 
 
 def test_jobs_of_an_orphan_and_its_workflow_are_told() -> None:
-    why = judge(machine(), journals(KILLED), nodes(OVER, on=[("5", "schlouder-r1")]), ME, NOW).why
+    why = judge(
+        machine(), journals(KILLED), nodes(OVER, on=[NodeJob("5", "schlouder-r1")]), ME, NOW
+    ).why
     assert why == (
         "process 7 is gone; its workflow, started again in /work, would take it over; "
         "jobs of its own that run there: 1"
@@ -219,6 +223,60 @@ def test_which_nodes_have_lost_their_machine(
     assert found == ({NODE: "r1"} if stale else {})
 
 
+def with_lease(told: Nodes, node: str, run: str) -> Nodes:
+    """With a lease that is not over on one more node."""
+    return replace(told, leases={**told.leases, node: replace(FRESH, run=run)})
+
+
+LOST = Nodes({NODE: OVER}, lost=(NODE,))
+SECOND = replace(OVER, run="r2")
+TAKEN = replace(LOST, leases={NODE: SECOND})
+OTHER = "schlouder-r1-2"
+
+
+@pytest.mark.parametrize(
+    ("alive", "local", "told", "run"),
+    [
+        ([], journals(), LOST, "r1"),
+        ([], journals(), TAKEN, "r2"),
+        ([], journals(ENDED), TAKEN, "r2"),
+        ([machine(run="r3", node="schlouder-r3-1")], journals(), LOST, "r1"),
+        # r1 has left its machine to r3, which lives.
+        ([machine(node=OTHER)], journals(), with_lease(TAKEN, OTHER, "r3"), "r2"),
+        # Not lost, or not for so long.
+        ([], journals(), replace(LOST, lost=()), ""),
+        ([], journals(), replace(LOST, lost=(OTHER,)), ""),
+        ([], journals(), replace(LOST, leases={NODE: None}), ""),
+        ([], journals(), replace(LOST, leases={NODE: replace(OVER, written=OVER.written + 1)}), ""),
+        ([], journals(), replace(LOST, leases={NODE: KEPT}), ""),
+        # Somebody has it, or may have it.
+        ([machine()], journals(), LOST, ""),
+        ([machine(run="r3")], journals(), LOST, ""),
+        ([machine(node="")], journals(), LOST, ""),
+        ([machine(run="r2", node="")], journals(), TAKEN, ""),
+        ([], journals(LIVES), LOST, ""),
+        ([], Journals({"r2": LIVES}), TAKEN, ""),
+        ([], journals(), with_lease(LOST, OTHER, "r1"), ""),
+        ([], journals(), with_lease(TAKEN, OTHER, "r2"), ""),
+        ([], journals(unread=("newer",)), LOST, ""),
+        # A job is on it, or another user has jobs that may wait for it.
+        ([], journals(), replace(LOST, jobs={NODE: [NodeJob("5", "x")]}), ""),
+        ([], journals(), replace(LOST, jobs={NODE: [NodeJob("5", "schlouder-r1")]}), ""),
+        ([], journals(), replace(LOST, foreign={"schlouder-r1"}), ""),
+        ([], journals(), replace(TAKEN, foreign={"schlouder-r2"}), ""),
+    ],
+)
+def test_which_nodes_nobody_has_told_anything_of_since(
+    alive: list[Machine], local: Journals, told: Nodes, run: str
+) -> None:
+    assert stale_nodes(alive, local, told, (), (), NOW) == ({NODE: run} if run else {})
+
+
+@pytest.mark.parametrize("name", ["node1", "schlouder-r1-x", "myschlouder-r1-1"])
+def test_a_lost_node_with_a_name_of_others_stays(name: str) -> None:
+    assert stale_nodes([], journals(), Nodes({name: OVER}, lost=(name,)), (), (), NOW) == {}
+
+
 HOSTILE = "[red]\x1b[2J\x07\u202e\n\r[/bold]:smile: " + "x" * 400
 
 
@@ -244,16 +302,20 @@ class Words(SlurmCommands):
     def __init__(self) -> None:
         super().__init__("")
         self.leases_: dict[str, Lease | None] = {}
-        self.jobs: dict[str, list[tuple[str, str]]] = {}
+        self.lost: set[str] = set()
+        self.jobs: dict[str, list[NodeJob]] = {}
         self.away = False
         self.done: list[tuple[str, str]] = []
 
-    def all_nodes(self) -> dict[str, Lease | None]:
+    def all_nodes(self) -> dict[str, NodeRecord]:
         if self.away:
             raise ClusterUnavailable("slurmctld is away")
-        return dict(self.leases_)
+        return {node: NodeRecord(lease, node in self.lost) for node, lease in self.leases_.items()}
 
-    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    def foreign_names(self) -> set[str]:
+        return {job.name for jobs in self.jobs.values() for job in jobs if not job.is_mine}
+
+    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[NodeJob]]:
         assert self.leases_.keys() >= set(nodes), "squeue refuses the whole question"
         return {node: self.jobs[node] for node in nodes if node in self.jobs}
 
@@ -523,13 +585,31 @@ def test_nodes_of_machines_that_are_gone_go(account: Account) -> None:
 
 
 @pytest.mark.usefixtures("unpriced")
-def test_a_job_of_others_keeps_a_machine_and_a_node(
+def test_nodes_that_no_journal_tells_of_go_once_they_are_lost(
     account: Account, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = Lease("r2", 600, 1)
+    account.slurm.leases_ = {f"schlouder-r1-{number}": over for number in range(1, 4)}
+    account.slurm.lost = {"schlouder-r1-1", "schlouder-r1-2"}
+    account.slurm.jobs["schlouder-r1-2"] = [NodeJob("17", "somebody")]
+    assert cli.main(["gc", "--yes", "--run", "r3"]) == 0
+    assert "Nothing to delete." in capsys.readouterr().out
+    assert cli.main(["gc"]) == 3
+    assert "schlouder-r1-1" in capsys.readouterr().out
+    assert cli.main(["gc", "--yes", "--run", "r1"]) == 0
+    assert account.slurm.leases_.keys() == {"schlouder-r1-2", "schlouder-r1-3"}
+    assert account.slurm.done[0] == ("cancel", "schlouder-r2")
+
+
+@pytest.mark.usefixtures("unpriced")
+@pytest.mark.parametrize("job", [NodeJob("17", "somebody"), FORGED._replace(slurm_id="17")])
+def test_a_job_of_others_keeps_a_machine_and_a_node(
+    account: Account, capsys: pytest.CaptureFixture[str], job: NodeJob
 ) -> None:
     account.run("r1", GONE)
     instance = account.vm("r1")
     account.slurm.leases_["schlouder-r1-1"] = None
-    account.slurm.jobs["schlouder-r1-1"] = [("17", "somebody")]
+    account.slurm.jobs["schlouder-r1-1"] = [job]
     assert cli.main(["gc", "--yes", "--run", "r1"]) == 0
     assert account.alive() == {instance}
     assert "in use" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from rig import Rig
 
 from snakemake_executor_plugin_schlouder.lease import Lease, parse
-from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
+from snakemake_executor_plugin_schlouder.slurm.cli import NodeRecord, parse_records
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -32,8 +32,18 @@ def test_leases_of_a_node_list() -> None:
         f"Partitions=schlouder Comment={lease.text}  \n"
         "NodeName=b Arch=x86_64 Comment=rack 3, row 5\n"
         "NodeName=c Arch=x86_64\n"
+        f"NodeName=d State=DOWN+DRAIN+DYNAMIC_NORM+NOT_RESPONDING Weight=1 Comment={lease.text}\n"
+        "NodeName=e State=IDLE+NOT_RESPONDING Comment= State=DOWN+NOT_RESPONDING\n"
+        "NodeName=f State=DOWN+DRAIN Reason=DOWN+NOT_RESPONDING\n"
     )
-    assert parse_leases(text) == {"a": lease, "b": None, "c": None}
+    assert parse_records(text) == {
+        "a": NodeRecord(lease),
+        "b": NodeRecord(),
+        "c": NodeRecord(),
+        "d": NodeRecord(lease, is_lost=True),
+        "e": NodeRecord(),
+        "f": NodeRecord(),
+    }
 
 
 def test_the_broker_renews_the_leases_of_what_has_joined(tmp_path: Path) -> None:

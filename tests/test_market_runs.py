@@ -16,7 +16,7 @@ from snakemake_executor_plugin_schlouder.journal import Journal, VMRecord, journ
 from snakemake_executor_plugin_schlouder.lease import NOTICED
 from snakemake_executor_plugin_schlouder.localcloud.faults import Faults
 from snakemake_executor_plugin_schlouder.model import ON_DEMAND, SPOT, Billing
-from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
+from snakemake_executor_plugin_schlouder.slurm.cli import parse_records
 
 pytestmark = pytest.mark.integration
 
@@ -199,7 +199,8 @@ def test_three_runs_in_an_hour_use_one_vm_and_cost_one_hour(site: Site) -> None:
         assert [account.units for account in books] == [1, 0, 0]
         assert sum(account.billed for account in books) == Billing(3600, 0).billed(bill.seconds)
         assert sum(account.usd or 0.0 for account in books) == pytest.approx(bill.usd_per_hour)
-        (lease,) = parse_leases(site.slurm("scontrol", "--oneliner", "show", "node")).values()
+        (record,) = parse_records(site.slurm("scontrol", "--oneliner", "show", "node")).values()
+        lease = record.lease
         assert lease is not None and lease.kept and lease.run == run_of(sites[-1])[1]
         assert bill.launched + 3000 < lease.until <= bill.launched + 3600 - 50 - NOTICED
     finally:

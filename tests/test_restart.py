@@ -14,7 +14,7 @@ import pytest
 from workflows import Site, wait_for
 
 from snakemake_executor_plugin_schlouder.lease import Lease
-from snakemake_executor_plugin_schlouder.slurm.cli import parse_leases
+from snakemake_executor_plugin_schlouder.slurm.cli import parse_records
 
 pytestmark = pytest.mark.integration
 
@@ -77,8 +77,8 @@ def runs(site: Site) -> list[int]:
 
 
 def leases(site: Site) -> dict[str, Lease]:
-    found = parse_leases(site.slurm("scontrol", "--oneliner", "show", "node"))
-    return {node: lease for node, lease in found.items() if lease is not None}
+    found = parse_records(site.slurm("scontrol", "--oneliner", "show", "node"))
+    return {node: record.lease for node, record in found.items() if record.lease}
 
 
 def user_data(site: Site, instance_id: str) -> str:

@@ -20,6 +20,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
     SubmissionRefused,
 )
 from snakemake_executor_plugin_schlouder.slurm.cli import (
+    NodeJob,
     SlurmCommands,
     cluster_info,
     last_line,
@@ -353,6 +354,22 @@ def test_other_peoples_jobs_are_told_from_ours_whatever_their_names(path: Path) 
     ours = "case \"$*\" in *--name=run*) echo 1;; *) printf '1|n1\\n2|n2,n3\\n';; esac"
     commands(path, squeue=ours)
     assert SlurmCommands("schlouder").foreign_jobs("run") == {"n2": ["2"], "n3": ["2"]}
+
+
+def test_jobs_on_nodes_are_told_with_whose_they_are(path: Path) -> None:
+    mine = os.getuid()
+    commands(path, squeue=f"printf '1|{mine}|n1|a|b\\n2|{mine + 1}|n1,n2|run\\n'")
+    theirs = NodeJob("2", "run", is_mine=False)
+    assert SlurmCommands("schlouder").jobs_on(["n1", "n2"]) == {
+        "n1": [NodeJob("1", "a|b"), theirs],
+        "n2": [theirs],
+    }
+
+
+def test_the_names_of_jobs_of_others_are_told(path: Path) -> None:
+    mine = os.getuid()
+    commands(path, squeue=f"printf '{mine}|ours\\n{mine + 1}|run\\n{mine + 1}|a|b\\n'")
+    assert SlurmCommands("schlouder").foreign_names() == {"run", "a|b"}
 
 
 def test_output_that_is_no_text_is_no_crash(path: Path) -> None:

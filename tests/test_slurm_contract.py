@@ -32,7 +32,7 @@ from snakemake_executor_plugin_schlouder.slurm import (
     NodeStatus,
     SubmissionRefused,
 )
-from snakemake_executor_plugin_schlouder.slurm.cli import SlurmCommands
+from snakemake_executor_plugin_schlouder.slurm.cli import NodeJob, SlurmCommands
 from snakemake_executor_plugin_schlouder.slurm.rpc import SlurmRpc, choose
 from snakemake_executor_plugin_schlouder.slurm.script import Exit, exit_of, job_script
 from snakemake_executor_plugin_schlouder.slurm.states import JobPhase, sentence_of
@@ -387,6 +387,8 @@ class TestCancel:
         (forged,) = submit_as_nobody(vms, job)
         try:
             until(lambda: slurm.foreign_jobs(job.run) == {NODE: [forged]})
+            theirs = NodeJob(forged, job.run, is_mine=False)
+            assert SlurmCommands(PARTITION).jobs_on([NODE]) == {NODE: [theirs]}
             assert slurm.view(job.run).jobs == {}
             slurm.cancel_run(job.run)
             (ours,) = submit(slurm, job)

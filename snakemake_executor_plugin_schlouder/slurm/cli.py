@@ -16,7 +16,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..lease import Lease, parse
 from ..printable import one_line, plain
@@ -72,6 +74,22 @@ _WITHHELD = (
     *("AWS_CONTAINER_", "AWS_WEB_IDENTITY_"),
 )
 _NODE_FLAGS = "*~#!%$@^-+"
+
+
+class NodeJob(NamedTuple):
+    """A job that has begun on a node. `is_mine`: it is one of this user."""
+
+    slurm_id: str
+    name: str
+    is_mine: bool = True
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """`is_lost`: Slurm calls the node down, and it does not respond."""
+
+    lease: Lease | None = None
+    is_lost: bool = False
 
 
 def sbatch_arguments(job: JobRequest) -> list[str]:
@@ -139,15 +157,23 @@ def parse_nodes(text: str) -> dict[str, NodeStatus]:
     return nodes
 
 
-def parse_leases(text: str) -> dict[str, Lease | None]:
+def parse_records(text: str) -> dict[str, NodeRecord]:
     """`scontrol --oneliner show node`: all nodes, with the leases in their comments."""
     found = {}
     for line in text.split("\n"):
         name = re.match(r"NodeName=(\S+)", line)
+        state = re.search(r" State=(\S+)", line)
         comment = re.search(r" Comment=(.*)", line)
         if name is not None:
-            found[name[1]] = parse(comment[1]) if comment else None
+            is_lost = state is not None and _is_lost(state[1])
+            found[name[1]] = NodeRecord(parse(comment[1]) if comment else None, is_lost)
     return found
+
+
+def _is_lost(state: str) -> bool:
+    """Of a state such as `DOWN+DYNAMIC_NORM+NOT_RESPONDING`."""
+    base, *flags = state.split("+")
+    return base == "DOWN" and "NOT_RESPONDING" in flags
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -400,15 +426,14 @@ class SlurmCommands:
 
     def leases(self) -> dict[str, Lease]:
         """Those in the comments of nodes, by name; nodes without one are left out."""
-        return {node: lease for node, lease in self.all_nodes().items() if lease is not None}
+        return {node: record.lease for node, record in self.all_nodes().items() if record.lease}
 
-    def all_nodes(self) -> dict[str, Lease | None]:
-        """Every node of the cluster that Slurm shows, with its lease."""
-        return parse_leases(self._read(["scontrol", "--oneliner", "show", "node"]))
+    def all_nodes(self) -> dict[str, NodeRecord]:
+        """Every node of the cluster that Slurm shows."""
+        return parse_records(self._read(["scontrol", "--oneliner", "show", "node"]))
 
-    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-        """Id and name of every job that has begun on these nodes, in whatever partition; an unknown node is
-        an error."""
+    def jobs_on(self, nodes: Sequence[str]) -> dict[str, list[NodeJob]]:
+        """Every job that has begun on these nodes, in whatever partition; an unknown node is an error."""
         if not nodes:
             return {}
         listed = self._read(
@@ -417,16 +442,24 @@ class SlurmCommands:
                 f"--nodelist={','.join(nodes)}",
                 "--states=RUNNING,COMPLETING,SUSPENDED",
                 "--noheader",
-                "--format=%i|%N|%j",
+                "--format=%i|%U|%N|%j",
             ]
         )
-        found: dict[str, list[tuple[str, str]]] = {}
-        for line in listed.removesuffix("\n").split("\n") if listed else ():
-            slurm_id, _, rest = line.partition("|")
-            of_job, _, name = rest.partition("|")
-            for node in self._expand(of_job):
-                found.setdefault(node, []).append((slurm_id, name))
+        found: dict[str, list[NodeJob]] = {}
+        for line in listed.split("\n"):
+            # The name comes last, for it may hold anything.
+            fields = line.split("|", 3)
+            if len(fields) == 4:
+                job = NodeJob(fields[0], fields[3], fields[1] == str(os.getuid()))
+                for node in self._expand(fields[2]):
+                    found.setdefault(node, []).append(job)
         return found
+
+    def foreign_names(self) -> set[str]:
+        """Names of the jobs of other users that wait or run."""
+        listed = self._read(["squeue", "--noheader", "--format=%U|%j"])
+        jobs = (line.partition("|") for line in listed.split("\n"))
+        return {name for user, _, name in jobs if name and user != str(os.getuid())}
 
     def delete(self, node: str) -> bool:
         done = self._run(["scontrol", "delete", f"nodename={node}"])
