@@ -20,6 +20,7 @@ class Gangs:
 
     def __init__(self) -> None:
         self._members: dict[str, list[VM]] = {}
+        self._standing: dict[str, list[VM]] = {}
         self._up: set[str] = set()
 
     def assemble(self, leader: VM, new_vm: Callable[[str, Offer, float], VM]) -> Sequence[VM]:
@@ -30,7 +31,7 @@ class Gangs:
             vm.leader, vm.beside = leader.name, leader.beside + len(gang)
             gang.append(vm)
         if len(gang) > 1:
-            self._members[leader.name] = gang
+            self._members[leader.name] = self._standing[leader.name] = gang
         return gang
 
     def adopt(self, vms: Sequence[VM]) -> None:
@@ -41,6 +42,7 @@ class Gangs:
                 gang = self._members.setdefault(vm.leader, [named[vm.leader]])
                 gang.append(vm)
                 gang[0].nodes = len(gang)
+        self._standing.update(self._members)
         self._up.update(vm.name for vm in vms if not vm.is_booting)
 
     def members(self, vm: VM) -> Sequence[VM]:
@@ -78,7 +80,10 @@ class Gangs:
     def torn(self) -> Iterator[tuple[VM, VM]]:
         """VMs that could go on but must not, because another one of their gang leaves, each with that: all
         that are still there once one was lost, else those that still take tasks."""
-        for gang in self._members.values():
+        for name, gang in list(self._standing.items()):
+            if all(vm.state in _ENDING for vm in gang):
+                del self._standing[name]
+                continue
             lost = next((vm for vm in gang if _is_lost(vm)), None)
             leaver = lost or next((vm for vm in gang if not vm.is_open), None)
             if leaver is not None:

@@ -14,16 +14,16 @@ class Machines:
     """All VMs by name, in the order of their request; and sets of them, kept by `move` and `note`.
 
     `idle` are ready and have nothing to do, each with the date at which it may have to go (not companions,
-    which go with their leader); `alive` is how many are ours and not gone, and count towards the cap.
+    which go with their leader).
     """
 
     def __init__(self) -> None:
         self._all: dict[str, VM] = {}
         self._in: dict[VMState, dict[str, VM]] = {state: {} for state in VMState}
+        self._living: dict[str, VM] = {}
         self._feedable: dict[str, VM] = {}
         self.idle: dict[str, VM] = {}
         self._newly_idle: dict[str, VM] = {}
-        self.alive = 0
         self._retirements: list[tuple[float, str, float]] = []
         self._looks: dict[str, tuple[float, float]] = {}
 
@@ -38,16 +38,20 @@ class Machines:
 
     def add(self, vm: VM) -> None:
         self._all[vm.name] = vm
-        self.alive += vm.state not in VM_ENDED
-        self._in[vm.state][vm.name] = vm
-        self.note(vm)
+        self._enter(vm)
 
     def move(self, vm: VM, state: VMState) -> None:
         """Gives `vm` another state."""
         self._in[vm.state].pop(vm.name, None)
-        self.alive += (state not in VM_ENDED) - (vm.state not in VM_ENDED)
         vm.state = state
-        self._in[state][vm.name] = vm
+        self._enter(vm)
+
+    def _enter(self, vm: VM) -> None:
+        self._in[vm.state][vm.name] = vm
+        if vm.state in VM_ENDED:
+            self._living.pop(vm.name, None)
+        else:
+            self._living[vm.name] = vm
         self.note(vm)
 
     def note(self, vm: VM) -> None:
@@ -63,6 +67,15 @@ class Machines:
             self._feedable[vm.name] = vm
         if vm.is_settled:
             self._in[vm.state].pop(vm.name, None)
+
+    @property
+    def alive(self) -> int:
+        """How many are ours and not gone, and count towards the cap."""
+        return len(self._living)
+
+    def living(self) -> list[VM]:
+        """Those that are ours and not gone."""
+        return list(self._living.values())
 
     def having(self, *states: VMState) -> list[VM]:
         """VMs in one of these states; of those gone, the ones that Slurm still has."""

@@ -13,8 +13,18 @@ from fakes import witness
 from rig import BIG, SMALL, Rig
 from test_takeover import killed_at, restart
 
+from snakemake_executor_plugin_schlouder.gangs import Gangs
 from snakemake_executor_plugin_schlouder.launcher import MAX_BOOT_FAILURES
-from snakemake_executor_plugin_schlouder.model import Billing, Need, SlurmOptions, Task, TaskState
+from snakemake_executor_plugin_schlouder.market.offers import Offer
+from snakemake_executor_plugin_schlouder.model import (
+    VM,
+    Billing,
+    Need,
+    SlurmOptions,
+    Task,
+    TaskState,
+    VMState,
+)
 from snakemake_executor_plugin_schlouder.pool import Goal
 from snakemake_executor_plugin_schlouder.provision import (
     CloudUnavailable,
@@ -450,3 +460,30 @@ def test_a_companion_that_fails_while_its_gang_drains_is_lost(tmp_path: Path) ->
     rig.run(6)
     (vm,) = [vm for vm in rig.broker.vms() if vm.name == "schlouder-r1-3"]
     assert vm.reason
+
+
+class CountedVM(VM):
+    """Counts how often its state is asked for."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "state":
+            CountedVM.looks += 1
+        return super().__getattribute__(name)
+
+
+def test_a_gang_that_has_left_is_not_looked_at_any_more() -> None:
+    def new_vm(strategy: str, offer: Offer, boot_time: float) -> VM:
+        return CountedVM("b", strategy, offer.kind, 0.0)
+
+    gangs, leader = Gangs(), CountedVM("a", "s", SMALL, 0.0, nodes=2)
+    _, companion = gangs.assemble(leader, new_vm)
+    leader.state, leader.reason = VMState.TERMINATING, "lost"
+    assert list(gangs.torn()) == [(companion, leader)]
+    companion.state = VMState.TERMINATING
+    assert list(gangs.torn()) == []
+    CountedVM.looks = 0
+    assert list(gangs.torn()) == []
+    assert CountedVM.looks == 0
+    assert gangs.leader(companion) is leader

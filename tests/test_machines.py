@@ -50,3 +50,17 @@ def test_a_vm_that_comes_back_is_counted_again() -> None:
     for state, alive in ((VMState.GONE, 0), (VMState.TERMINATING, 1), (VMState.GONE, 0)):
         machines.move(vm, state)
         assert machines.alive == alive
+
+
+def test_vms_that_have_ended_are_not_among_those_to_be_looked_at() -> None:
+    machines, kind = Machines(), InstanceType("one", 1, 4096)
+    ended, handed_over, up = (VM(name, "s", kind, 0.0) for name in "abc")
+    for vm in (ended, handed_over, up):
+        machines.add(vm)
+    machines.move(ended, VMState.GONE)
+    machines.move(handed_over, VMState.HANDED_OVER)
+    machines.move(up, VMState.READY)
+    assert machines.living() == [up]
+    machines.move(ended, VMState.TERMINATING)
+    assert machines.living() == [up, ended]
+    assert list(machines) == [ended, handed_over, up]

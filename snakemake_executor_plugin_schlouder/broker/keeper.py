@@ -79,15 +79,14 @@ class Keeper:
             desk.tell(f"EC2 does not answer, waiting for it: {error}")
             return False
         self._end_strays(listed.values())
-        for vm in desk.machines:
+        for vm in desk.machines.living():
             if vm.instance_id is not None and vm.state not in VM_ENDED:
                 self._update_from_cloud(vm, listed.get(vm.instance_id))
         return True
 
     def _origins(self) -> set[str]:
         """The runs that have started machines which are this one's now."""
-        vms = self._desk.machines
-        return {vm.origin for vm in vms if vm.origin and vm.state not in VM_ENDED}
+        return {vm.origin for vm in self._desk.machines.living() if vm.origin}
 
     def _end_strays(self, listed: Iterable[Instance]) -> None:
         """Machines of this run whose launch was never answered become their VM's, if that still waits for
