@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import kills, ledger, matrix
+from bench.faults import kills, ledger, matrix, vm
 from bench.faults.fault import COMPLETE, RESUMES, Result
 from bench.faults.kept import Kept
 from bench.faults.ledger import Attempt
@@ -161,6 +161,13 @@ def test_what_is_kept_makes_a_row_without_a_run(
     good_row, bad_row = matrix.rows(["vm-killed", "vm-cut"])
     assert (good_row.name, good_row.ok, bad_row.ok) == ("vm-killed", True, False)
     assert "left 1" in bad_row.value
+
+
+def test_a_clock_is_not_shifted_where_nothing_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm, "clock_library", lambda: None)
+    monkeypatch.setattr(matrix, "check_machine", lambda: None)
+    (row,) = matrix.rows(["vm-clock"])
+    assert (row.value, row.ok) == ("libfaketime is not installed", None)
 
 
 def test_the_documentation_has_every_fault_and_what_is_expected_of_it() -> None:

@@ -48,7 +48,7 @@ class Fault:
 
     `what`: one line for the documentation. `set_up` is called before Snakemake is started, `last` when all is
     over, before it is judged. `leased`: VMs may stay until their lease is over, which is then LEASE
-    seconds."""
+    seconds. `missing`: what this machine lacks for it; empty: nothing."""
 
     name: str
     what: str
@@ -65,6 +65,7 @@ class Fault:
     mend: Callable[[Scene], None] = lambda scene: scene.cloud.inject(Faults())
     set_up: Callable[[Scene], None] = lambda scene: None
     last: Callable[[Scene], None] = lambda scene: None
+    missing: Callable[[], str] = lambda: ""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def _missing(name: str) -> str:
         check_machine()
     except LocalCloudError as error:
         return str(error)
+    if name in FAULTS and (lacks := FAULTS[name].missing()):
+        return lacks
     is_leased = name in FAULTS and FAULTS[name].leased
     knows_leases = any(field.name == "lease" for field in dataclasses.fields(ExecutorSettings))
     return "no setting --schlouder-lease" if is_leased and not knows_leases else ""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
 from bench.faults.fault import CLEAN_ERROR, COMPLETE, Fault, by_name
 from bench.faults.ledger import Attempt
+from bench.faults.place import node_of
 from bench.faults.scene import Scene
 from snakemake_executor_plugin_schlouder.localcloud import Faults
+from snakemake_executor_plugin_schlouder.localcloud.hypervisor import clock_library
 
 SLURMD_TIMEOUT = 30.0
 """Of the embedded cloud's slurm.conf: seconds after which a silent node is down."""
+
+MUNGE_TTL = 300.0
+"""Seconds between two clocks beyond which munged takes credentials for expired, or for made in the future
+(munged(8), its default)."""
 
 ONE_BY_ONE = ("--schlouder-max-booting", "1", "--schlouder-boot-timeout", "30")
 
@@ -30,6 +37,42 @@ def _crash_at_boot(scene: Scene) -> None:
 def _hang_at_boot(scene: Scene) -> None:
     _first_vm(scene)
     scene.cloud.inject(Faults())
+
+
+def _clock_off(scene: Scene) -> None:
+    _first_vm(scene)
+    scene.cloud.inject(Faults())
+    vm = str(scene.own()[0]["InstanceId"])
+    # Its first process may not have made its root yet.
+    scene.when(lambda: abs(_seconds_off(scene, vm)) > 1, "its clock is off", 20)
+    scene.notes.append(f"its clock was {_seconds_off(scene, vm):+.0f} s off")
+
+
+def _seconds_off(scene: Scene, vm: str) -> float:
+    return float(scene.cloud.run_in_vm(vm, "date", "+%s.%N")) - time.time()
+
+
+def _right_in_jobs(scene: Scene) -> None:
+    """libfaketime 0.9.10 breaks time.sleep (clock_nanosleep with TIMER_ABSTIME) where a clock is off."""
+    scene.place.environment["FAKETIME"] = "+0"
+
+
+def _refused(scene: Scene) -> None:
+    node = node_of(scene.own()[0])
+    if any(attempt.node == node for attempt in scene.attempts()):
+        scene.problems.append(f"jobs ran on {node}, whose clock no munged accepts")
+    said = rf"\({node}\) is given up: no Slurm node.*\nConsole of .*\({node}\)"
+    if not re.search(said, scene.said):
+        scene.problems.append(f"nobody was told, with its console, that {node} did not join")
+
+
+def _accepted(scene: Scene) -> None:
+    if not any(attempt.node == node_of(scene.own()[0]) for attempt in scene.attempts()):
+        scene.problems.append("no job ran on it")
+
+
+def _no_library() -> str:
+    return "" if clock_library() else "libfaketime is not installed"
 
 
 def _first_vm(scene: Scene) -> None:
@@ -162,6 +205,28 @@ FAULTS = by_name(
             options=("--schlouder-boot-timeout", "15"),
             faults=Faults(never_join=1.0),
             says="3 VMs in a row did not join Slurm",
+        ),
+        Fault(
+            "vm-clock",
+            "the clock of the first VM is 5.5 minutes fast, which munge refuses (more than 5)",
+            COMPLETE,
+            _clock_off,
+            options=ONE_BY_ONE,
+            faults=Faults(clock_off=MUNGE_TTL + 30),
+            set_up=_right_in_jobs,
+            last=_refused,
+            missing=_no_library,
+        ),
+        Fault(
+            "vm-clock-slow",
+            "the clock of the first VM is 4.5 minutes slow, which munge accepts: jobs run there",
+            COMPLETE,
+            _clock_off,
+            options=ONE_BY_ONE,
+            faults=Faults(clock_off=30 - MUNGE_TTL),
+            set_up=_right_in_jobs,
+            last=_accepted,
+            missing=_no_library,
         ),
         Fault(
             "vm-disk-full",

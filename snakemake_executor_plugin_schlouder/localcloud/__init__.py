@@ -25,6 +25,7 @@ from typing import Any
 
 from snakemake_executor_plugin_schlouder.localcloud import control, network, vm_init
 from snakemake_executor_plugin_schlouder.localcloud.faults import Faults, Reclaims, Throttle
+from snakemake_executor_plugin_schlouder.localcloud.hypervisor import clock_library
 from snakemake_executor_plugin_schlouder.localcloud.meter import MeterEntry
 from snakemake_executor_plugin_schlouder.localcloud.namespace import only_child
 
@@ -216,6 +217,11 @@ class LocalCloud:
 
     def inject(self, faults: Faults) -> None:
         """From now on these faults happen, and no others; `Faults()` ends them all."""
+        if faults.clock_off and clock_library() is None:
+            raise LocalCloudError(
+                f"Faults.clock_off is {faults.clock_off:g}: libfaketime is not installed; "
+                "Debian and Ubuntu: apt install libfaketime"
+            )
         control.ask(self.endpoint, "PUT", "faults", faults.to_json())
 
     def struck(self) -> Counter[str]:

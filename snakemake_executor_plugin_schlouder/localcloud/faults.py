@@ -62,6 +62,8 @@ class Faults:
     - `throttle`: see `Throttle`.
     - `lost_replies`: probability that a RunInstances is carried out and the connection then closed.
     - `never_join`: probability that a VM boots and bills, but never runs its user data.
+    - `clock_off`: seconds that the clock of a new VM is fast (negative: slow). EC2 sets the clocks only of
+      machines that ask its time service (EC2 user guide, Amazon Time Sync Service). Needs libfaketime.
     - `describe_lag`: how long a new instance is unknown to every other call (EC2 API reference, Eventual
       consistency).
     - `reclaim`: see `Reclaims`.
@@ -87,6 +89,7 @@ class Faults:
     throttle: Throttle = Throttle()
     lost_replies: float = 0.0
     never_join: float = 0.0
+    clock_off: float = 0.0
     describe_lag: float = 0.0
     reclaim: Reclaims = Reclaims()
     away: bool = False
@@ -116,6 +119,7 @@ class Faults:
             "reclaim.notice": self.reclaim.notice,
         }.items():
             _require(0 <= seconds < math.inf, name, seconds, "a number of seconds, 0 or more")
+        _require(math.isfinite(self.clock_off), "clock_off", self.clock_off, "a number of seconds")
         _require(self.throttle.period > 0, "throttle.period", self.throttle.period, "above 0")
         low, high = self.reclaim.after
         _require(0 <= low <= high < math.inf, "reclaim.after", (low, high), "(LOW, HIGH) seconds")

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--net"]
 
 
+def clock_library() -> Path | None:
+    """Debian's libfaketime, in its variant for programs with threads; None: it is not installed."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
 class Event(Enum):
     """What the hypervisor tells the EC2 side about an instance."""
 
@@ -202,6 +207,8 @@ class _VM(threading.Thread):
             "address": self.machine.address,
             **asdict(self.hypervisor.shown),
             "hangs": self.machine.hangs,
+            "clock_off": self.machine.clock_off,
+            "clock_library": str(clock_library() or ""),
         }
         init = [sys.executable, "-I", "-S", vm_init.__file__, json.dumps(config)]
         path = self.hypervisor.console_path(self.machine.instance_id)

@@ -63,6 +63,9 @@ class Machine:
     hangs: bool = False
     """It boots, but never gets as far as its user data."""
 
+    clock_off: float = 0.0
+    """Seconds that its clock is fast."""
+
     @property
     def hostname(self) -> str:
         return "ip-" + self.address.replace(".", "-")

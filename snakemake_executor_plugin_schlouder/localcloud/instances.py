@@ -255,6 +255,7 @@ class Instances:
                 credentials=self._issue_credentials(instance.id),
                 life_cycle=life.market,
                 hangs=not life.fate.joins,
+                clock_off=life.injector.faults.clock_off,
             )
         )
 

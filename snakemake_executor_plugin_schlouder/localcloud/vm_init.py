@@ -5,7 +5,8 @@ then reaps orphans until SIGTERM powers the VM off. Standard library only: it ru
 
 The one argument is JSON: `scratch` (an empty directory of the host), `hostname`, `address`, `hidden`
 (directories of which it has its own, empty at first), `shared` (directories that it sees as the host does),
-`hangs` (whether it never gets as far as its user data).
+`hangs` (whether it never gets as far as its user data), `clock_off` (seconds that its clock is fast, made so
+by libfaketime at `clock_library`).
 """
 
 import ctypes
@@ -40,6 +41,9 @@ ENVIRONMENT = {
     "HOME": "/root",
     "LANG": "C.UTF-8",
 }
+TIME_OF_DAY_ONLY = {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+"""For libfaketime: other clocks, and the times of files, which the host tells, stay as they are."""
+
 POWER_OFF = "#!/bin/sh\nkill -TERM 1\n"
 USER_DATA = Path("/var/lib/cloud/user-data")
 
@@ -54,6 +58,8 @@ def main() -> NoReturn:
     make_machine_files(root, config["hostname"], config["address"])
     for directory in config["hidden"]:
         hide(root, directory)
+    if config["clock_off"]:
+        set_clock(root, config["clock_off"], config["clock_library"])
     # After the last write to the root: a write below a shared directory would reach the host.
     for directory in config["shared"]:
         share(root, directory)
@@ -118,6 +124,13 @@ def make_machine_files(root: Path, hostname: str, address: str) -> None:
     replace(root / "etc/resolv.conf", "")
     (root / "run/lock").mkdir()
     (root / "run/lock").chmod(0o1777)
+
+
+def set_clock(root: Path, seconds: float, library: str) -> None:
+    """For all programs that are started from now on: Linux has no namespace for the time of day."""
+    replace(root / "etc/ld.so.preload", f"{library}\n")
+    replace(root / "etc/faketimerc", f"{seconds:+.0f}\n")
+    ENVIRONMENT.update(TIME_OF_DAY_ONLY)
 
 
 def replace(path: Path, text: str) -> None:
