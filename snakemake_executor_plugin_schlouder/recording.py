@@ -22,6 +22,7 @@ from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from .broker import Books, Broker, BrokerConfig
+from .clock import SteadyClock
 from .keeping import Keep
 from .launcher import Limits
 from .lease import Lease
@@ -418,7 +419,7 @@ class RecordedBroker(Broker):
         cluster: Cluster,
         journal: Books,
         log: logging.Logger,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
         witness: Callable[[str], Exit | None] = exit_of,
         revoke: Callable[[str], bool] = revoke,
@@ -433,7 +434,7 @@ class RecordedBroker(Broker):
         boots, walltimes = boots or LearnedBoots(), walltimes or Walltimes()
         recorder.note("run", VERSION, config)
         recorder.note("known", {"boots": boots.state, "walltimes": walltimes.state})
-        senses = Senses(clock, witness, revoke, begun).on(recorder)
+        senses = Senses(clock or SteadyClock(), witness, revoke, begun).on(recorder)
         super().__init__(
             config,
             TapedCloud(recorder, cloud),

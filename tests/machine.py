@@ -35,6 +35,7 @@ from hypothesis.stateful import (
 
 from snakemake_executor_plugin_schlouder import strategies
 from snakemake_executor_plugin_schlouder.broker import Broker, BrokerConfig
+from snakemake_executor_plugin_schlouder.clock import SteadyClock
 from snakemake_executor_plugin_schlouder.journal import Journal, RunRecord
 from snakemake_executor_plugin_schlouder.launcher import Limits
 from snakemake_executor_plugin_schlouder.market.tariff import Tariff
@@ -378,7 +379,7 @@ class History(RuleBasedStateMachine):
             Fused(self.slurm, self.fuse),
             Fused(self.journal, self.fuse),
             logging.getLogger("history"),
-            clock=self._clock,
+            clock=SteadyClock(self._clock, lambda: self.world.now),
             sleep=self._sleep,
         )
 
@@ -439,7 +440,7 @@ class History(RuleBasedStateMachine):
             Recorded(self.slurm, seen),
             Recorded(self.journal, seen),
             logging.getLogger("history"),
-            clock=self._clock,
+            clock=SteadyClock(self._clock, lambda: self.world.now),
             sleep=self._sleep,
             revoke=has_begun,
         )

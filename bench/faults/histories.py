@@ -50,7 +50,7 @@ def _shard(kept: Kept, number: int) -> Mapping[str, Any]:
         done = _run("machine.py", str(number), str(EACH))
         if done.returncode != 0:
             raise RuntimeError(f"histories: {name} did not end well: {done.stderr}")
-        found = json.loads(done.stdout)
+        found = json.loads(done.stdout.splitlines()[-1])
         kept.put(name, found)
     told = found["violation"] or "no violation"
     print(f"faults: histories | {name} | {found['histories']} | {told}", flush=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from ..clock import SteadyClock
 from ..journal import Remains
 from ..keeping import Shelf
 from ..model import TASK_ENDED, VM, Task, TaskState, VMState
@@ -43,7 +44,7 @@ class Broker:
         cluster: Cluster,
         journal: Books,
         log: logging.Logger,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
         boots: BootPredictor | None = None,
         walltimes: Walltimes | None = None,
@@ -58,7 +59,7 @@ class Broker:
         forbids the script with this exit-code file to begin, and says whether it has begun, as `begun`
         does; `script` writes one that runs a command and leaves its exit code in a file. `shelf`: where VMs
         wait for the next run; None: none are taken and none are kept."""
-        self._clock = clock
+        self._clock = clock = clock or SteadyClock()
         self._desk = desk = Desk(config, cloud, cluster, journal, log, clock(), boots, walltimes)
         self._attempts = Attempts(
             *(desk, witness, revoke, begun),
