@@ -281,6 +281,18 @@ def test_vms_of_the_killed_run_count_towards_the_cap_and_are_given_back(tmp_path
     assert all(vm.state == VMState.GONE for vm in rig.broker.vms())
 
 
+def test_dates_of_a_clock_that_was_set_back_since_are_not_to_come(tmp_path: Path) -> None:
+    """Or what was asked for would not be asked for again, and a boot would never take too long."""
+    rig = Rig(tmp_path)
+    rig.give(2, seconds=100)
+    rig.run(30)
+    rig.world.now -= 600
+    restart(rig)
+    for vm in rig.broker.vms():
+        assert vm.requested == vm.ready == rig.world.now
+        assert all(task.started == rig.world.now for task in vm.active.values())
+
+
 def test_only_a_killed_run_that_left_something_is_taken_over(tmp_path: Path) -> None:
     """And by one process only."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
