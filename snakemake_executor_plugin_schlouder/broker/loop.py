@@ -93,11 +93,10 @@ class Broker:
         self._desk.planner.expect(tasks)
 
     def adopt(self, left: Remains) -> None:
-        """Goes on with what a killed run of this name has left; before the first tick. Dates that are still to
-        come are of a clock that was set back since."""
+        """Goes on with what a killed run of this name has left; before the first tick. Dates that are still
+        to come are of a clock that was set back since."""
         desk = self._desk
-        for each in (*left.vms, *left.tasks):
-            _date_back(each, desk.now)
+        _date_back([*left.vms, *left.tasks], desk.now)
         desk.vm_count = left.vm_count
         for vm in left.vms:
             if vm.token and vm.instance_id is None:
@@ -351,8 +350,9 @@ class Broker:
         self._desk.flush()
 
 
-def _date_back(of: VM | Task, now: float) -> None:
-    for name in ("requested", "received", "ready", "started", "ended"):
-        date = getattr(of, name, None)
-        if date is not None and date > now:
-            setattr(of, name, now)
+def _date_back(left: Iterable[VM | Task], now: float) -> None:
+    for of in left:
+        for name in ("requested", "ready", "started", "ended"):
+            date = getattr(of, name, None)
+            if date is not None and date > now:
+                setattr(of, name, now)
