@@ -6,14 +6,12 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from bench.faults.fault import CLEAN_ERROR, COMPLETE, RESUMES, Fault, by_name
 from bench.faults.place import wait
 from bench.faults.scene import PATIENCE, Scene
-from bench.site import ROOT
 from snakemake_executor_plugin_schlouder.journal import VERSION, journal_path
 
 NONSENSE = b"SQLite format 3\0" + b"nonsense " * 1000
@@ -94,18 +92,9 @@ def _killed_and_nonsense(scene: Scene) -> None:
     scene.ends_within(PATIENCE)
 
 
-def _collect(scene: Scene) -> None:
-    """What is left of a run that no journal knows: the records of its nodes."""
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake_executor_plugin_schlouder.cli", "gc", "--yes"],
-        env=scene.place.environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (scene.directory / "gc.log").write_text(done.stdout + done.stderr)
-    scene.notes.append(f"schlouder gc: exit code {done.returncode}")
+def _is_unknown(scene: Scene) -> None:
+    """No journal knows of the killed run any more."""
+    scene.is_orphaned = True
 
 
 FAULTS = by_name(
@@ -146,7 +135,7 @@ FAULTS = by_name(
             CLEAN_ERROR,
             _killed_and_nonsense,
             says="jobs of a run that the journal does not know",
-            mend=_collect,
+            mend=_is_unknown,
             leased=True,
         ),
         Fault(

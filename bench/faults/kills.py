@@ -26,6 +26,9 @@ SEED = 2026
 STRATEGIES = ("fastest", "one-vm-per-job", "asap", "cheapest", "one-vm-for-all")
 STAGES = ("before the first VM", "while VMs booted", "at work", "after the last job")
 TRIES = 20
+LEASE, BOOT_TIMEOUT = 30, 60
+"""Seconds. A run that was killed when its last job had been handed over has nothing to do when it is started
+again: Snakemake does not even make the executor then, and its VMs are left to their lease."""
 
 
 def shard(number: int, directory: Path, cloud: str) -> list[dict[str, Any]]:
@@ -76,8 +79,13 @@ def _scene(place: Place, name: str, dice: random.Random) -> Scene:
     directory = place.directory / name
     directory.mkdir()
     bundle = dice.choice(("on", "off", "off"))
-    options = ("--schlouder-strategy", dice.choice(STRATEGIES), "--schlouder-bundle", bundle)
-    return Scene(Place(place.cloud, directory, place.snakefile), options, PARTS, PARTS)
+    options = (
+        *("--schlouder-strategy", dice.choice(STRATEGIES), "--schlouder-bundle", bundle),
+        *("--schlouder-lease", f"{LEASE}s", "--schlouder-boot-timeout", str(BOOT_TIMEOUT)),
+    )
+    scene = Scene(Place(place.cloud, directory, place.snakefile), options, PARTS, PARTS)
+    scene.settle = 2.0 * (LEASE + BOOT_TIMEOUT)
+    return scene
 
 
 def _unkilled(scene: Scene) -> float:
@@ -112,6 +120,7 @@ def _restarted(scene: Scene, foreigner: Foreigner, name: str, begun: float) -> R
     killed = time.monotonic() - begun
     code = resume(scene, was_killed=True)
     seconds = time.monotonic() - begun
+    scene.is_orphaned = "Nothing to be done" in scene.said
     problems = [f"exit code {code}: {last_line(scene.log)}"] if code else []
     begins = Counter(attempt.job for attempt in scene.attempts())
     again = [attempt.job for attempt in living if begins[attempt.job] > 1]

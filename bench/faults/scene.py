@@ -50,6 +50,9 @@ class Scene:
     settle: float = _SETTLE
     """Seconds that machines may take to end after Snakemake has."""
 
+    is_orphaned: bool = False
+    """Nobody knows of its VMs any more."""
+
     excused: set[str] = field(default_factory=set)
     """Instances that are meant to stay."""
 
@@ -152,7 +155,8 @@ class Scene:
 
     def left(self, nodes: bool = True) -> list[str]:
         """Instances of this directory that are there though nothing runs, when machines had time to end, and
-        the records of their `nodes`."""
+        the records of their `nodes`: not where nobody is left who knows of them but `schlouder gc`."""
+        nodes = nodes and not self.is_orphaned
         patience = time.monotonic() + self.settle
         while (found := self._left(nodes)) and time.monotonic() < patience:
             time.sleep(0.3)
