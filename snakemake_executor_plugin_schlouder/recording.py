@@ -469,6 +469,13 @@ class RecordedBroker(Broker):
     def stop(self) -> None:
         self._asked_to_stop = True
 
+    def take_kept(self) -> list[VM]:
+        """None: what an earlier run has left is no part of a recording."""
+        return []
+
+    def hand_over(self) -> None:
+        """Nor is what a later one gets."""
+
     def hurry(self) -> None:
         self.stop()
         self._real_cluster.hurry()

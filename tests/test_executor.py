@@ -415,7 +415,7 @@ rule one:
         ([], {"AWS_ENDPOINT_URL": "nonsense"}, "AWS: Invalid endpoint: nonsense"),
         ([], {"AWS_SECRET_ACCESS_KEY": ""}, "AWS: Partial credentials found"),
         ([], {"AWS_PROFILE": "nope"}, "AWS: The config profile (nope) could not be found"),
-        (["--schlouder-region", "us east"], {}, "--schlouder-region: 'us east' is no AWS region"),
+        (["--schlouder-region", "us east"], {}, "--schlouder-region: 'us east' is not allowed"),
         ([], {"XDG_STATE_HOME": "/dev/null"}, "the journal /dev/null"),
     ],
 )
