@@ -715,9 +715,11 @@ class History(RuleBasedStateMachine):
 
     @rule(index=INDEX, seconds=values.sampled_from((5, 20, 60)))
     def hide(self, index: int, seconds: int) -> None:
-        """A machine that lives is not listed."""
+        """A machine that lives is not listed, for no longer than EC2 lags, and then it is for as long."""
         machine = self._some_machine(index)
-        if machine is not None:
+        if machine is None:
+            return
+        if self.cloud.hidden.get(machine.instance.id, 0.0) + 60 <= self.world.now:
             self.cloud.hidden[machine.instance.id] = self.world.now + seconds
             self._wait(self.pace)
 

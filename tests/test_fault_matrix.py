@@ -181,6 +181,7 @@ def test_the_documentation_has_every_fault_and_what_is_expected_of_it() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.thorough
 def test_a_trial_sees_a_vm_die_and_its_jobs_run_again(cloud: LocalCloud, tmp_path: Path) -> None:
     shutil.copytree(WORKFLOW, tmp_path / "workflow")
     place = Place(cloud, tmp_path, tmp_path / "workflow" / "Snakefile")

@@ -108,6 +108,7 @@ def under_git(directory: Path) -> None:
         subprocess.run(["git", *command], cwd=directory, check=True)
 
 
+@pytest.mark.thorough
 def test_the_example_workflow_makes_the_same_as_with_shared_files(
     site: Site, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
