@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 from moto import mock_aws
+from moto.moto_api._internal import moto_api_backend
 
 from snakemake_executor_plugin_schlouder.ec2.account import Ec2Settings, throttle_pause
 from snakemake_executor_plugin_schlouder.ec2.joining import Join
@@ -86,6 +87,8 @@ def moto() -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "true")
         with mock_aws():
+            # moto does that itself only where no other test of this process still has it at work.
+            moto_api_backend.reset()
             yield
 
 
